@@ -1,0 +1,221 @@
+"""One training run: the phase of every step, and what is logged of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writer, print_rank_0, training
+from megatron.training.utils import is_last_rank
+
+from megatron_msa.attention.layer_metrics import msa_layers
+from megatron_msa.data.batch import Batch
+from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size
+from megatron_msa.phases import Phase, PhaseSchedule
+from megatron_msa.training.console import StepLine
+from megatron_msa.training.hardware import peak_bf16_tflops
+from megatron_msa.training.layer_reduction import collect
+from megatron_msa.training.metrics_file import MetricsFile
+from megatron_msa.training.phase_control import PhaseAwareStep, set_phase
+from megatron_msa.training.speed import AttendedPairs, speed
+
+
+class TrainingRun:
+    """Implements `TrainingHooks`: Megatron's loop calls it before and after each step.
+
+    Args:
+        args: Megatron's arguments.
+        model_config: the model that is trained.
+    """
+
+    def __init__(self, args: argparse.Namespace, model_config: MSAModelConfig) -> None:
+        self.args = args
+        self.model_config = model_config
+        self.config = model_config.transformer
+        self.schedule: PhaseSchedule = self.config.phase_schedule()
+        self.phase: Phase | None = None
+        self.model: list[torch.nn.Module] = []
+        self.step: PhaseAwareStep | None = None
+        self.pairs = AttendedPairs(self.config, args.seq_length)
+        self.line = StepLine(args.train_iters, args.log_interval)
+        self._metrics_file: MetricsFile | None = None
+        self._evaluation = (0, "")
+
+    # -- called by Megatron's loop ---------------------------------------------------------------------------
+
+    def optimizer_overrides(self) -> dict[Any, Any]:
+        """A parameter group of its own for the index branch when it has its own learning rate."""
+        rate = self.config.msa_indexer_lr
+        if rate is None:
+            return {}
+        key = ParamKey(attr="is_msa_index_parameter")
+        return {key: {"max_lr": rate, "min_lr": (self.args.min_lr or 0.0) * rate / self.args.lr}}
+
+    def on_setup(self, model: list[torch.nn.Module], optimizer: Any) -> None:
+        self.model = model
+        if optimizer is not None:
+            self.step = PhaseAwareStep(model, optimizer)
+        for line in self.schedule.describe():
+            print_rank_0(f"MSA phase {line}")
+        self._enter_phase(self.args.iteration)
+
+    def before_step(self, iteration: int) -> None:
+        self._enter_phase(iteration)
+        interval = self.config.msa_quality_interval
+        if interval and (iteration + 1) % interval == 0 and self.phase is not Phase.DENSE:
+            for layer in msa_layers(self.model):
+                layer.sample_quality = True
+
+    def on_batch(self, batch: Batch) -> None:
+        """Count the document lengths of a training microbatch (packed documents only)."""
+        if torch.is_grad_enabled() and batch.packed_seq_params is not None:
+            self.pairs.add_documents(batch.packed_seq_params.cu_seqlens_q)
+
+    def log_step(self, megatron_log: Callable[[], Any], values: dict[str, Any]) -> Any:
+        """Around Megatron's `training_log`; ``values`` are its arguments."""
+        iteration = values["iteration"]
+        first = values.get("is_first_iteration", False)
+        if iteration % self.args.log_interval and not first:
+            return megatron_log()
+        row = self._row(values)
+        totals = values["total_loss_dict"]
+        steps = totals.get("advanced iterations", 0) + (not values["skipped_iter"])
+        for name in ("kl", "score_recall", "block_recall"):
+            if row.get(name) is not None:  # Megatron prints each entry divided by the number of steps
+                totals[name.replace("_", " ")] = torch.tensor([row[name] * steps])
+        result = self._quietly(megatron_log) if self.args.log_line == "compact" else megatron_log()
+        for name in ("kl", "score recall", "block recall"):
+            totals.pop(name, None)
+        self._write_step(row)
+        return result
+
+    def before_evaluation(self, iteration: int, label: str) -> None:
+        self._enter_phase(iteration)
+        self._evaluation = (iteration, "test" if "test set" in label else "validation")
+
+    def after_evaluation(self, losses: dict[str, Any]) -> None:
+        iteration, event = self._evaluation
+        if is_last_rank() and "lm loss" in losses:
+            loss = float(losses["lm loss"])
+            self._file().write(event, iteration=iteration, lm_loss=loss, phase=self._phase_name())
+            if self.args.log_line == "compact":
+                print(f"{event:>10} at step {iteration}: loss {loss:.4f}", flush=True)
+
+    # -- internals -------------------------------------------------------------------------------------------
+
+    def _phase_name(self) -> str:
+        return self.phase.value if self.phase is not None else ""
+
+    def _enter_phase(self, iteration: int) -> None:
+        tokens = self.args.consumed_train_samples * self.args.seq_length
+        phase = self.schedule.phase_at(iteration=iteration, tokens=tokens)
+        if phase is self.phase:
+            return
+        previous, self.phase = self._phase_name(), phase
+        set_phase(self.model, phase)
+        if self.step is not None:
+            self.step.phase = phase
+        what = f"switches from {previous} to" if previous else "is"
+        print_rank_0(f"MSA phase {what} {phase.value} at iteration {iteration} ({tokens:,} tokens)")
+        if is_last_rank() and not self.args.skip_train:
+            self._file().write("phase", iteration=iteration, phase=phase.value, previous=previous or None)
+
+    def _row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What is logged of the steps since the last logged one. Collective over all ranks."""
+        args, totals = self.args, values["total_loss_dict"]
+        advanced = totals.get("advanced iterations", 0) + (not values["skipped_iter"])
+        steps = advanced + totals.get("skipped iterations", 0) + values["skipped_iter"]
+        per_layer = collect(
+            self.model,
+            num_decoder_layers=self.config.num_layers,
+            num_mtp_layers=self.config.mtp_num_layers or 0,
+            device=torch.cuda.current_device(),
+        )
+        sequences = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+        seconds = get_timers()("interval-time").elapsed(reset=False, barrier=False) / steps
+        row: dict[str, Any] = {
+            "iteration": values["iteration"],
+            "phase": self._phase_name(),
+            "tokens": args.consumed_train_samples * args.seq_length,
+            "learning_rate": values["learning_rate"],
+            "grad_norm": None if values["grad_norm"] is None else float(values["grad_norm"]),
+            "loss_scale": values["loss_scale"],
+            "skipped": totals.get("skipped iterations", 0) + values["skipped_iter"],
+            "seconds": seconds,
+        }
+        if "lm loss" in values["loss_dict"] and advanced:
+            total = float(totals.get("lm loss", 0.0)) + float(values["loss_dict"]["lm loss"])
+            row["lm_loss"] = total / advanced
+        if "kl" in per_layer:
+            row["kl"] = sum(per_layer["kl"].values())
+            row["kl_per_layer"] = per_layer["kl"]
+        for name, layers in per_layer.items():
+            if name != "kl":
+                row[name] = sum(layers.values()) / len(layers)
+                row[f"{name}_per_layer"] = layers
+        causal, sparse = self.pairs.per_step(
+            sequences, steps, parallel_state.get_data_parallel_group(), torch.cuda.current_device()
+        )
+        row |= speed(
+            self.config,
+            padded_vocab_size=padded_vocab_size(self.model_config),
+            tokens=sequences * args.seq_length,
+            causal_pairs=causal,
+            sparse_pairs=sparse,
+            phase=self._phase_name(),
+            seconds=seconds,
+            num_devices=args.world_size,
+            peak_tflops=peak_bf16_tflops(torch.cuda.get_device_name()),
+        )
+        return row
+
+    def _write_step(self, row: dict[str, Any]) -> None:
+        if not is_last_rank():
+            return
+        self._file().write("step", **row)
+        if self.args.log_line == "compact":
+            print(self.line.format(row), flush=True)
+        scalars = {f"msa/{name}": value for name, value in row.items() if name in _SCALARS and value is not None}
+        scalars |= {f"msa/kl_layer_{layer}": value for layer, value in row.get("kl_per_layer", {}).items()}
+        iteration = row["iteration"]
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log({**scalars, "msa/phase": row["phase"]}, iteration)
+
+    def _file(self) -> MetricsFile:
+        if self._metrics_file is None:
+            default = Path(self.args.save or ".") / "metrics.jsonl"
+            self._metrics_file = MetricsFile(Path(self.args.metrics_file or default))
+        return self._metrics_file
+
+    @staticmethod
+    def _quietly(megatron_log: Callable[[], Any]) -> Any:
+        """Run Megatron's log without its console line; TensorBoard, W&B and timers stay."""
+        printing = training.print_rank_last
+        training.print_rank_last = lambda *_: None
+        try:
+            return megatron_log()
+        finally:
+            training.print_rank_last = printing
+
+
+_SCALARS = {
+    "kl",
+    "block_recall",
+    "score_recall",
+    "selection_entropy",
+    "local_block_share",
+    "first_block_share",
+    "tokens_per_second",
+    "tflops_executed",
+    "tflops_dense_equivalent",
+    "mfu",
+}

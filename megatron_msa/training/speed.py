@@ -1,0 +1,72 @@
+"""Tokens per second and the two labelled FLOP figures of the steps between two log lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_msa.config import MSATransformerConfig
+from megatron_msa.training.flops import causal_pairs, sparse_pairs, step_flops
+
+
+class AttendedPairs:
+    """(query, key) pairs of a training step: closed form for whole sequences, counted for packed documents."""
+
+    def __init__(self, config: MSATransformerConfig, seq_length: int) -> None:
+        self._block = (config.msa_block_size, config.msa_num_selected_blocks)
+        self._per_sequence = (causal_pairs([seq_length]), sparse_pairs([seq_length], *self._block))
+        self._counted: Tensor | None = None  # [causal, sparse] on this rank since the last log line
+
+    def add_documents(self, offsets: Tensor) -> None:
+        """Add a microbatch of packed documents; ``offsets`` int32 [documents + 1]. Does not wait for the device."""
+        lengths = (offsets[1:] - offsets[:-1]).long()
+        pairs = torch.stack([causal_pairs(lengths), sparse_pairs(lengths, *self._block)])
+        self._counted = pairs if self._counted is None else self._counted + pairs
+
+    def per_step(
+        self, sequences: int, steps: int, group: Any, device: torch.device | int | str
+    ) -> tuple[float, float]:
+        """Causal and sparse pairs of one step, over all data-parallel ranks. Collective if documents were packed."""
+        if self._counted is None:
+            return self._per_sequence[0] * sequences, self._per_sequence[1] * sequences
+        total = self._counted.to(device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=group)
+        self._counted = None
+        causal, sparse = (total / steps).tolist()
+        return causal, sparse
+
+
+def speed(
+    config: MSATransformerConfig,
+    *,
+    padded_vocab_size: int,
+    tokens: int,
+    causal_pairs: float,
+    sparse_pairs: float,
+    phase: str,
+    seconds: float,
+    num_devices: int,
+    peak_tflops: float | None,
+) -> dict[str, float | None]:
+    """Speed of a step of ``seconds`` seconds; TFLOP/s and MFU are per device.
+
+    ``mfu`` divides the executed FLOPs by the dense bf16 peak, and is None on hardware whose peak is unknown.
+    """
+    flops = step_flops(
+        config,
+        padded_vocab_size=padded_vocab_size,
+        num_tokens=tokens,
+        causal_pairs=causal_pairs,
+        sparse_pairs=sparse_pairs,
+        phase=phase,
+    )
+    per_device = 1e12 * seconds * num_devices
+    executed = flops.executed / per_device
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tflops_executed": executed,
+        "tflops_dense_equivalent": flops.dense_equivalent / per_device,
+        "mfu": executed / peak_tflops if peak_tflops else None,
+    }

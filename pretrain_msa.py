@@ -1,0 +1,63 @@
+"""Pretrain a GPT model with MiniMax Sparse Attention on Megatron's training loop.
+
+On any machine, without a GPU or a download:
+
+    make demo
+
+With your own flags (all of Megatron's, and the `msa` group; `--dry-run` shows what they resolve to):
+
+    torchrun --nproc-per-node 8 pretrain_msa.py $(cat flags.txt)
+"""
+
+import os
+from functools import partial
+
+from megatron_msa.training import no_gpu
+
+HAS_GPU = not no_gpu.install_if_no_gpu()  # before Megatron's training package is imported
+
+
+def main() -> None:
+    if "RANK" not in os.environ:  # started without torchrun or srun: one process, any free port
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+    from megatron_msa.errors import ConfigError
+    from megatron_msa.training import arguments, megatron_fixes
+
+    megatron_fixes.apply()
+    rank = int(os.environ["RANK"])
+    try:
+        args = arguments.parse_arguments(has_gpu=HAS_GPU)
+        model_config = arguments.model_config_from_args(args)
+    except ConfigError as error:
+        arguments.exit_with(error, rank)
+
+    if args.dry_run:
+        from megatron_msa.training.dry_run import describe
+
+        if rank == 0:
+            print(describe(args, model_config))
+        return
+
+    from megatron.core.enums import ModelType
+    from megatron.training import get_tokenizer, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_msa.data.datasets import make_datasets_provider
+    from megatron_msa.training import megatron_hooks
+    from megatron_msa.training.forward_step import forward_step
+    from megatron_msa.training.run import TrainingRun
+
+    run = TrainingRun(args, model_config)
+    megatron_hooks.install(run)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        make_datasets_provider(args, get_tokenizer),
+        ModelType.encoder_or_decoder,
+        partial(forward_step, on_batch=run.on_batch),
+    )
+
+
+if __name__ == "__main__":  # checkpointing starts processes that import this module again
+    main()
