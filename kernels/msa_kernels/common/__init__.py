@@ -1,0 +1,1 @@
+"""What the ops share: document layout, output types, input checks, choice of backend."""

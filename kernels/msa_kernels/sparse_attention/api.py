@@ -1,0 +1,100 @@
+"""The public op: its meaning, its checks, its choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from msa_kernels.common import checks
+from msa_kernels.common.backend import Backend, Op
+from msa_kernels.common.layout import DocumentLayout
+from msa_kernels.common.outputs import AttentionOutput
+from msa_kernels.sparse_attention.reference import sparse_attention_reference
+
+_OP = Op(name="sparse_attention", reference=sparse_attention_reference)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor,
+    layout: DocumentLayout,
+    *,
+    block_size: int,
+    index_q: Tensor | None = None,
+    index_k: Tensor | None = None,
+    index_lse: Tensor | None = None,
+    softmax_scale: float | None = None,
+    index_softmax_scale: float | None = None,
+    kl_teacher: checks.KLTeacher = "group_mean",
+    backend: Backend = "auto",
+) -> AttentionOutput:
+    """Attention over the selected blocks, and the KL divergence of the index branch from it.
+
+    For query i and query head h of group r, J is the set of tokens that i sees in the blocks r selected, and
+    (arXiv 2606.13392)
+
+        P_h = softmax over J of softmax_scale * q[i, h] . k[j, r]         out[i, h] = sum_j P_h[j] v[j, r]
+        P   = mean of P_h over the heads of the group, without gradient
+        S   = softmax over J of index_softmax_scale * index_q[i, r] . index_k[j]
+        kl[i, r] = KL(P || S) = sum_j P[j] (log P[j] - log S[j])
+
+    The gradient of kl in the scaled index scores is S - P. It reaches index_q and index_k only; q, k, v and
+    the selection get nothing from kl, and index_q and index_k get nothing from out.
+
+    Args:
+        q: [Q, Hq, d], bf16, fp16, fp32 or fp64. Query heads r*G .. r*G+G-1 belong to group r, G = Hq / Hkv.
+        k: [K, Hkv, d] in the dtype of q.
+        v: [K, Hkv, d_v] in the dtype of q.
+        block_ids: int32 [Q, Hkv, num_selected_blocks], block numbers within the query's document as
+            ``block_select`` returns them; entries of a row differ from each other, -1 is padding. Tokens
+            behind the query take no part, whichever blocks are named. A row of -1 only gives out 0, lse -inf,
+            kl 0.
+        layout: documents of the K keys, document and position of the Q queries.
+        block_size: tokens per block, the one that block_ids were made with.
+        index_q: [Q, Hkv, d_i] in the dtype of q; None for attention without KL.
+        index_k: [K, d_i] or [K, 1, d_i] in the dtype of q.
+        index_lse: fp32 (fp64 for fp64 inputs) [Q, Hkv] from ``block_select`` with the same index inputs and
+            scale: saves a kernel from normalising S. Optional; the reference does not read it.
+        softmax_scale: factor on the main scores, 1 / sqrt(d) if None.
+        index_softmax_scale: factor on the index scores, 1 / sqrt(d_i) if None.
+        kl_teacher: "group_mean" for KL(P || S), the definition. "per_head" for the mean over h of
+            KL(P_h || S): the same gradient, larger by a constant of the teacher, and what a kernel can add up
+            in one pass over the keys.
+        backend: "triton", "reference", or "auto" for Triton where it can run.
+
+    Returns:
+        out, [Q, Hq, d_v] in the dtype of q.
+        lse, fp32 (fp64 for fp64 inputs) [Q, Hq]: natural log of the softmax denominators, no gradient.
+        kl, fp32 (fp64 for fp64 inputs) [Q, Hkv]: nats per query and group. Sum it and divide by the global
+            number of tokens times Hkv for the paper's loss. None without index_q.
+
+    Raises:
+        TypeError: wrong type or dtype of an input, or mixed dtypes.
+        ValueError: wrong shape, device or value of an input.
+        RuntimeError: backend is "triton" and Triton cannot run these inputs.
+    """
+    checks.check_tensors({"q": q, "k": k, "v": v}, optional={"index_q": index_q, "index_k": index_k})
+    checks.check_attention_shapes(q, k, v)
+    checks.check_layout(layout, q.shape[0], k.shape[0], q.device)
+    checks.check_count("block_size", block_size)
+    checks.check_block_ids(block_ids, q.shape[0], k.shape[1], q.device)
+    checks.check_kl_teacher(kl_teacher)
+    index_k, index_head_dim = checks.check_index_branch(q, k, index_q, index_k)
+    if index_lse is not None:
+        checks.check_index_lse(index_lse, index_q)
+    return _OP.run(
+        backend,
+        q,
+        k,
+        v,
+        block_ids,
+        layout,
+        block_size=block_size,
+        index_q=index_q,
+        index_k=index_k,
+        index_lse=index_lse,
+        softmax_scale=checks.resolve_scale("softmax_scale", softmax_scale, q.shape[2]),
+        index_softmax_scale=checks.resolve_scale("index_softmax_scale", index_softmax_scale, index_head_dim),
+        kl_teacher=kl_teacher,
+    )

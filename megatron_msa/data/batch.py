@@ -1,0 +1,282 @@
+"""The microbatch of this rank: what the model's forward pass takes.
+
+Layouts, with B = micro batch size, S = sequence length, C = context-parallel size:
+
+- plain: tokens, labels, loss_mask, position_ids are [B, S/C]. Attention sees hidden states [S/C, B, H]
+  (S/C/TP with sequence parallelism), positions run over the whole sequence, and `packed_seq_params` is None.
+  With C > 1 the sequence is cut into 2C chunks and rank r holds chunks r and 2C-1-r
+  (`megatron.core.utils.get_batch_on_this_cp_rank`).
+- separated documents (`--dataloader-inter-document-masking`): the B samples are laid end to end, [1, B*S],
+  sample 0 first. Attention sees hidden states [B*S, 1, H] (B*S/TP before the QKV projection with sequence
+  parallelism), and after Megatron's SelfAttention has dropped the batch dimension q, k, v are [B*S, heads,
+  dim]. The documents are in `packed_seq_params` (qkv_format "thd"): cu_seqlens_q and cu_seqlens_kv are the
+  same int32 tensor [documents + 1], from 0 to B*S. A sample's start always is a document's start: the part of
+  a document that a sample begins with is a document of its own, at position 0. position_ids restart with each
+  document, and so does Megatron's RoPE.
+
+What Megatron 0.19.2 does with that flag, as read and tried: GPTDataset returns cu_seqlens per sample, padded
+to S + 1 entries, plus max_seqlen, and restarts position_ids; nothing else in the wheel but the FLOP count and
+the mask flag looks at it. Every pipeline stage needs the offsets, so datasets are built on every stage. The
+label of a document's last token is the next document's first token, as in plain GPT data; `--eod-mask-loss`
+drops that term. Megatron's DotProductAttention refuses packed sequences, so full-attention layers need
+Transformer Engine or this package's own.
+
+Not supported with separated documents, and refused: C > 1 (Megatron cuts whole sequences, while its packed
+RoPE expects each document to be cut), and pipeline stages with B > 1 (the stages exchange [S, B, H] buffers,
+which a [B*S, 1, H] tensor fills without an error but in another order).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+
+from megatron_msa.errors import ConfigError
+
+# What the helpers of Megatron look up in a batch. Other keys of a dataset (dataset_id of a blend) are left
+# out: the context-parallel cut would take them for sequences.
+_BATCH_KEYS = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+)
+
+
+class Batch(NamedTuple):
+    """One microbatch on this rank; the pipeline stage decides which tensors are None. Layouts: see above."""
+
+    tokens: torch.Tensor | None
+    """[B, S/C] or [1, B*S], int64; first stage (and stages with multi-token prediction)."""
+    labels: torch.Tensor | None
+    """Like tokens, shifted by one; last stage (and stages with multi-token prediction)."""
+    loss_mask: torch.Tensor | None
+    """float32, 1 where the loss counts; where labels are."""
+    attention_mask: None
+    """Always None: causality and documents are the attention layer's to apply."""
+    position_ids: torch.Tensor | None
+    """int64; where tokens are."""
+    packed_seq_params: PackedSeqParams | None
+    """The documents, on every stage; None when documents are not separated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What `get_batch` needs to know of a run."""
+
+    seq_length: int
+    micro_batch_size: int
+    eval_micro_batch_size: int
+    separate_documents: bool = False
+    """Keep attention and positions inside documents (`--dataloader-inter-document-masking`)."""
+    mtp_num_layers: int | None = None
+    pipeline_layout: PipelineParallelLayerLayout | None = None
+    """The custom pipeline layout, if any; it says where multi-token prediction lies."""
+
+    @classmethod
+    def from_args(cls, args: Any) -> "BatchSettings":
+        """From Megatron's arguments.
+
+        Raises:
+            ConfigError: separated documents in a parallel layout that cannot carry them.
+        """
+        layout = args.pipeline_model_parallel_layout
+        if isinstance(layout, str):
+            layout = _parse_layout(layout, args.pipeline_model_parallel_size)
+        settings = cls(
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            # Megatron's sampler for full validation passes draws one sample at a time.
+            eval_micro_batch_size=1 if args.full_validation else args.eval_micro_batch_size,
+            separate_documents=args.dataloader_inter_document_masking,
+            mtp_num_layers=args.mtp_num_layers,
+            pipeline_layout=layout,
+        )
+        if settings.separate_documents:
+            settings._check_layout(args.context_parallel_size, args.pipeline_model_parallel_size)
+        return settings
+
+    def _check_layout(self, context_parallel_size: int, pipeline_size: int) -> None:
+        if context_parallel_size > 1:
+            raise ConfigError(
+                f"--dataloader-inter-document-masking with --context-parallel-size {context_parallel_size} "
+                "is not supported: documents are not cut across context-parallel ranks yet. Use "
+                "--context-parallel-size 1, or leave the documents joined."
+            )
+        largest = max(self.micro_batch_size, self.eval_micro_batch_size)
+        if pipeline_size > 1 and largest > 1:
+            raise ConfigError(
+                f"--dataloader-inter-document-masking with --pipeline-model-parallel-size {pipeline_size} "
+                f"and a micro batch of {largest} is not supported: pipeline stages would exchange the packed "
+                "samples in the wrong order. Use --micro-batch-size 1 and --eval-micro-batch-size 1."
+            )
+
+    def holds_tokens(self, vp_stage: int | None) -> bool:
+        """Whether this model chunk takes tokens or labels: first or last stage, or multi-token prediction."""
+        return any(_stage(vp_stage)) or self.predicts_ahead(vp_stage)
+
+    def predicts_ahead(self, vp_stage: int | None) -> bool:
+        """Whether this model chunk has multi-token prediction layers."""
+        return mtp_on_this_rank(
+            layout=self.pipeline_layout,
+            mtp_num_layers=self.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+
+    def reads_data(self, vp_stage: int | None) -> bool:
+        """Whether this model chunk needs a data iterator: every one does when documents are separated."""
+        return self.separate_documents or self.holds_tokens(vp_stage)
+
+
+def get_batch(
+    data_iterator: Iterator[dict[str, Any]] | None,
+    args: Any,
+    *,
+    vp_stage: int | None = None,
+    evaluating: bool = False,
+) -> Batch:
+    """Take the next microbatch and bring it to this rank; a collective of the tensor-parallel group.
+
+    Args:
+        data_iterator: yields collated samples; read on tensor-parallel rank 0 only.
+        args: Megatron's arguments (those that `BatchSettings.from_args` reads).
+        vp_stage: this model chunk's virtual pipeline stage, None without virtual stages.
+        evaluating: the batch comes from a validation or test iterator (its micro batch size may differ).
+    """
+    settings = BatchSettings.from_args(args)
+    holds_tokens = settings.holds_tokens(vp_stage)
+    if not settings.reads_data(vp_stage):
+        return Batch(None, None, None, None, None, None)
+
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch = _next_on_device(data_iterator, settings) if tp_rank == 0 else {}
+    is_first, is_last = _stage(vp_stage)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=settings.separate_documents,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        tp_rank=tp_rank,
+        micro_batch_size=settings.eval_micro_batch_size if evaluating else settings.micro_batch_size,
+        seq_length=settings.seq_length,
+        mtp_on_this_rank=settings.predicts_ahead(vp_stage),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        is_pipeline_first_stage=is_first,
+        is_pipeline_last_stage=is_last,
+    )
+
+    documents = None
+    if settings.separate_documents:
+        samples = batch["cu_seqlens"].shape[0]
+        batch = flatten_batch_for_packed_sequences(batch)
+        documents = packed_seq_params(
+            batch["cu_seqlens"][0], longest=int(batch["max_seqlen"].item()), samples=samples
+        )
+    if not holds_tokens:
+        return Batch(None, None, None, None, None, documents)
+
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return Batch(
+        tokens=batch["tokens"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        attention_mask=None,
+        position_ids=batch["position_ids"],
+        packed_seq_params=documents,
+    )
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor, *, longest: int, samples: int = 1) -> PackedSeqParams:
+    """Describe packed documents the way Megatron's RoPE, attention and MoE layers read them.
+
+    Args:
+        cu_seqlens: document offsets, [documents + 1] int32, from 0 to the number of tokens in all samples.
+        longest: tokens in the longest document.
+        samples: equally long samples laid end to end.
+    """
+    total = int(cu_seqlens[-1].item())
+    bound = max_seqlen_bound(longest, total)
+    # MoE layers restore the samples from this for their per-sequence auxiliary loss. A rank of a
+    # sequence-parallel group holds total/TP tokens: unless those are whole samples, Megatron's reshape has
+    # nothing to restore (or fails).
+    whole_samples = samples > 1 and samples % parallel_state.get_tensor_model_parallel_world_size() == 0
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=bound,
+        max_seqlen_kv=bound,
+        tokens_per_sample=total // samples if whole_samples else None,
+    )
+
+
+def max_seqlen_bound(longest: int, total: int) -> int:
+    """An upper bound of the document lengths that takes few different values: the next power of two.
+
+    Megatron builds a RoPE table of this length and caches the last 32 lengths it was asked for; with the
+    exact length each microbatch would add one (64 MiB at 128K positions and 128 channels), and kernels that
+    specialise on the length would compile anew. It must stay below `total` unless one document fills the
+    pack: Megatron takes a table of exactly `total` positions as numbering the whole pack, and positions would
+    not restart with the documents.
+    """
+    if longest >= total:
+        return total
+    return min(1 << (longest - 1).bit_length(), total - 1)
+
+
+@functools.cache  # settings are read for every microbatch, and Megatron logs each parse
+def _parse_layout(layout: str, pipeline_size: int) -> PipelineParallelLayerLayout:
+    return PipelineParallelLayerLayout.from_str(layout, pipeline_size)
+
+
+def _stage(vp_stage: int | None) -> tuple[bool, bool]:
+    """Whether this model chunk is the pipeline's first, and its last."""
+    ignore_virtual = vp_stage is None
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+    )
+
+
+def _next_on_device(
+    data_iterator: Iterator[dict[str, Any]] | None, settings: BatchSettings
+) -> dict[str, torch.Tensor | None]:
+    if data_iterator is None:
+        raise ConfigError(
+            "this rank has no data iterator but needs one: build the datasets with make_datasets_provider, "
+            "which builds them on every rank that get_batch reads from."
+        )
+    sample = next(data_iterator)
+    if settings.separate_documents and sample.get("cu_seqlens") is None:
+        raise ConfigError(
+            "the dataset gives no document offsets (cu_seqlens): it was built without "
+            "--dataloader-inter-document-masking."
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
+    return {
+        key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
+        for key in _BATCH_KEYS
+    }
