@@ -18,7 +18,7 @@ MSA=(
     --msa-block-size 32 --msa-num-selected-blocks 4
 )
 TRAINING=(
-    --seq-length 512 --max-position-embeddings 512 --micro-batch-size 4 --global-batch-size 4
+    --seq-length 512 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 4
     --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20
     --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
     --dataloader-inter-document-masking

@@ -1,6 +1,7 @@
 """Corrections to megatron-core 0.19.2 that every machine needs. Each one is a no-op once upstream is right."""
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 
 def apply() -> None:
     """Apply all corrections. May be called more than once."""
+    _allow_plain_python()
     _skip_helper_compilation()
     _load_torch_adam_state()
 
@@ -21,6 +23,13 @@ def argument_defaults_without_te() -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
     }
+
+
+def _allow_plain_python() -> None:
+    """Megatron reads torchrun's variables but only has defaults for rank and world size: complete them for one process."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")  # 0: any free port
 
 
 def _skip_helper_compilation() -> None:

@@ -34,9 +34,9 @@ from megatron_msa.training import megatron_fixes
 
 CPU = torch.device("cpu")
 
-# The only Megatron module that asks "is there a GPU, and how many": asserted at start, and the condition for building
-# the parallel groups and for seeding.
-MEGATRON_START = "megatron.training.initialize"
+# The Megatron modules that must hear that there is a GPU: the start-up (asserts it; builds the parallel groups and
+# seeds only if there is one) and the persistent checkpoint worker (picks its device by rank modulo device count).
+MEGATRON_ASKERS = ("megatron.training.initialize", "megatron.core.dist_checkpointing.strategies.async_utils")
 
 _installed = False
 
@@ -53,12 +53,14 @@ def install_if_no_gpu() -> bool:
     if torch.cuda.is_available():
         return False
     _installed = True
-    _stop_compilation()
+    # A GPU scheduling matter, but Megatron refuses tensor and context parallelism without it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _replace_device_queries()
     _replace_streams()
     _replace_random_state()
     _map_tensor_placement()
     _average_over_gloo()
+    _import_megatron_uncompiled()
     _patch_megatron_core()
     return True
 
@@ -76,25 +78,18 @@ def argument_defaults() -> dict[str, Any]:
     }
 
 
-def _stop_compilation() -> None:
-    """Megatron decorates small functions with torch.compile; on the CPU that means a C++ compiler and minutes."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if "torch._dynamo.config" in sys.modules:  # too late for the variable
-        sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]
-
-
 def _replace_device_queries() -> None:
     """What Megatron asks about its device and the device's memory."""
 
-    def only_at_start(answer: Any, truth: Callable[[], Any]) -> Callable[[], Any]:
+    def for_megatron(answer: Any, truth: Callable[[], Any]) -> Callable[[], Any]:
         def query() -> Any:
-            return answer if sys._getframe(1).f_globals.get("__name__") == MEGATRON_START else truth()
+            return answer if sys._getframe(1).f_globals.get("__name__") in MEGATRON_ASKERS else truth()
 
         return functools.wraps(truth)(query)
 
     cuda: Any = torch.cuda
-    cuda.is_available = only_at_start(True, cuda.is_available)
-    cuda.device_count = only_at_start(1, cuda.device_count)
+    cuda.is_available = for_megatron(True, cuda.is_available)
+    cuda.device_count = for_megatron(1, cuda.device_count)
     cuda.current_device = lambda: 0
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
@@ -271,6 +266,28 @@ def _average_over_gloo() -> None:
 
     distributed.all_reduce = all_reduce
     distributed.reduce_scatter_tensor = reduce_scatter_tensor
+
+
+def _import_megatron_uncompiled() -> None:
+    """Megatron decorates small functions with torch.compile, which on a CPU means a C++ compiler and a long first step.
+
+    Decorating alone imports the compiler: without it a process starts in half the time.
+    """
+    if "megatron.core.jit" in sys.modules:  # too late: the functions are decorated
+        from torch._dynamo import config as dynamo_config
+
+        dynamo_config.disable = True
+        return
+
+    def leave_alone(function: Any = None, **kwargs: Any) -> Any:
+        return function if function is not None else leave_alone
+
+    original_compile = torch.compile
+    torch.compile = leave_alone  # type: ignore[assignment]
+    try:
+        import megatron.core.jit  # noqa: F401  (keeps what torch.compile is now)
+    finally:
+        torch.compile = original_compile
 
 
 def _patch_megatron_core() -> None:

@@ -1,16 +1,18 @@
-"""How many parameters a model has, by arithmetic on its configuration: no model is built, no process group needed.
+"""How many parameters a model has, by arithmetic on its configuration: no model is built.
 
 Two numbers, for a GPTModel with rotary embeddings:
 
 - total: everything that is stored and trained. Tied embeddings count once.
-- active: what one token is multiplied by in a training step. Of the routed experts only the top-k count; of the
-  vocabulary matrices only the output projection (with tied embeddings it is the shared matrix), because reading one
-  row of an input embedding table multiplies nothing. MTP layers count, with the top-k of their experts.
+- active: what one token is multiplied by in a training step. Of the routed experts only the top-k count.
+  Of the vocabulary matrices only the output projection counts (the shared matrix if embeddings are tied),
+  because reading one row of an input embedding table multiplies nothing. MTP layers count, with the top-k
+  of their experts.
 
-This convention reproduces the pilot model of the paper (arXiv 2606.13392; 16 layers, hidden 2048, 64 experts of 1536
-plus one shared, top-4, vocabulary 200,000) as 10.53B total and 1.47B active - for its GQA form with tied embeddings:
-10.528B and 1.469B. The 16 index branches add 0.021B to both (10.55B and 1.49B), and untied embeddings add 0.41B to the
-total alone. Counting the input table as active as well would give 1.88B for an untied model.
+This convention reproduces the sizes that the paper gives for its pilot model, 10.53B total and 1.47B active
+(arXiv 2606.13392; 16 layers, hidden 2048, 64 experts of 1536 and one shared, top-4, vocabulary 200,000), for
+its GQA form with tied embeddings: 10.528B and 1.469B. The 16 index branches add 0.021B to both (10.55B and
+1.49B), and untied embeddings add 0.41B to the total alone. Counting the input table of an untied model as
+active too would give 1.88B.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class ParameterCount:
     Attributes:
         total: the sum of ``by_part``.
         active: the sum of ``active_by_part``.
-        by_part: part -> parameters, in the order of `PARTS`. "norms" holds the layer norms, the final norm and the
-            gains of q and k; the gains of the index branch are in "index_branch"; "mtp" holds whole MTP layers.
+        by_part: part -> parameters, in the order of `PARTS`. "norms" holds the layer norms, the final norm
+            and the gains of q and k; the gains of the index branch are in "index_branch"; "mtp" holds
+            whole MTP layers.
         active_by_part: the same keys.
     """
 
@@ -119,8 +122,8 @@ def check_countable(config: MSATransformerConfig) -> None:
         value = getattr(config, name, plain)
         if value != plain:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is {value!r}; parameters and FLOPs are counted only for grouped-query "
-                f"attention with dense or mixture-of-experts layers. Unset it (default: {plain})"
+                f"--{name.replace('_', '-')} is {value!r}; parameters and FLOPs can be counted only for "
+                f"grouped-query attention with dense or mixture-of-experts layers. Leave it at {plain}"
             )
 
 
@@ -133,12 +136,12 @@ def layer_kinds(config: MSATransformerConfig) -> list[LayerKind]:
 
 
 def attention_matrix_size(config: MSATransformerConfig) -> int:
-    """Elements of the QKV projection (with the output gate, if any) and of the output projection of a layer."""
+    """Elements of a layer's QKV projection (with the output gate, if any) and output projection."""
     return config.hidden_size * (_qkv_width(config) + _query_width(config))
 
 
 def index_matrix_size(config: MSATransformerConfig) -> int:
-    """Elements of the index projections of an MSA layer: [hidden, groups * d_i] and [hidden, d_i], without bias."""
+    """Elements of an MSA layer's index projections: [hidden, groups * d_i] and [hidden, d_i]."""
     return config.hidden_size * (_num_groups(config) + 1) * index_head_dim(config)
 
 
@@ -175,7 +178,9 @@ def index_head_dim(config: MSATransformerConfig) -> int:
     return config.msa_indexer_head_dim or config.kv_channels
 
 
-def _layer_parameters(config: MSATransformerConfig, kind: LayerKind, *, num_experts: int | None) -> Counter[str]:
+def _layer_parameters(
+    config: MSATransformerConfig, kind: LayerKind, *, num_experts: int | None
+) -> Counter[str]:
     """Parameters of one layer by part, of which ``num_experts`` routed experts are counted."""
     hidden = config.hidden_size
     counts = Counter(attention=attention_matrix_size(config), norms=2 * _norm_parameters(config, hidden))
@@ -193,7 +198,9 @@ def _layer_parameters(config: MSATransformerConfig, kind: LayerKind, *, num_expe
         assert num_experts is not None
         counts["routed_experts"] = num_experts * _mlp_parameters(config, expert_ffn_size(config))
         counts["shared_experts"] = shared_expert_matrix_size(config)  # Megatron refuses biases there
-        counts["router"] = router_matrix_size(config) + (config.num_moe_experts if config.add_bias_linear else 0)
+        counts["router"] = router_matrix_size(config)
+        if config.add_bias_linear:
+            counts["router"] += config.num_moe_experts
     else:
         counts["dense_mlp"] = _mlp_parameters(config, config.ffn_hidden_size)
     return counts
