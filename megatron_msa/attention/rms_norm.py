@@ -10,10 +10,11 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension.
 
-        y = x / sqrt(mean(x^2) + eps) * gain        gain = weight, or 1 + weight with layernorm_zero_centered_gamma
+        y = x / sqrt(mean(x^2) + eps) * gain
+        gain = weight, or 1 + weight with layernorm_zero_centered_gamma
 
-    Computed in fp32 and cast back to the input's dtype. The signature is the one Megatron builds norms with; arguments
-    of other norms are accepted and ignored.
+    Computed in fp32 (fp64 for fp64 inputs) and cast back to the input's dtype. The signature is the one
+    Megatron builds norms with; arguments of other norms are accepted and ignored.
 
     Args:
         config: reads `layernorm_zero_centered_gamma` and `sequence_parallel`.
@@ -26,7 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        # Under sequence parallelism every TP rank sees other tokens: Megatron sums the gradients of marked parameters.
+        # Under sequence parallelism every TP rank sees other tokens: Megatron sums the gradients of marked
+        # parameters.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.reset_parameters()
 
@@ -36,5 +38,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size], same dtype."""
-        gain = self.weight.float() + 1.0 if self.zero_centered else self.weight.float()
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), gain, self.eps).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gain = self.weight.to(dtype) + 1.0 if self.zero_centered else self.weight.to(dtype)
+        return nn.functional.rms_norm(x.to(dtype), (x.shape[-1],), gain, self.eps).to(x.dtype)

@@ -1,6 +1,7 @@
-"""Corrections to megatron-core 0.19.2 that every machine needs. Each one is a no-op once upstream is right."""
+"""Corrections to megatron-core 0.19.2 for every machine. Each does nothing once upstream is right."""
 
 import functools
+import importlib.util
 import os
 from typing import Any
 
@@ -15,18 +16,25 @@ def apply() -> None:
 
 
 def argument_defaults_without_te() -> dict[str, Any]:
-    """Megatron argument values (argparse dest -> value) for an installation without Transformer Engine and apex."""
-    return {
+    """Megatron argument values (argparse dest -> value) without Transformer Engine and apex.
+
+    Everything else that needs those libraries is off by default: grouped GEMM, the MoE permute and router
+    fusions, the precision-aware optimizer, FP8, CUDA graphs, overlap of tensor-parallel communication.
+    """
+    values: dict[str, Any] = {
         "transformer_impl": "local",
-        "no_persist_layer_norm": True,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,  # a kernel of apex
+        "gradient_accumulation_fusion": False,  # a kernel of apex (fused_weight_gradient_mlp_cuda)
+        "masked_softmax_fusion": False,  # kernels of apex (scaled_*_softmax_cuda)
+        "apply_rope_fusion": False,  # a kernel of Transformer Engine
     }
+    if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        values["async_strategy"] = "mcore"  # the default way of saving in the background is in that package
+    return values
 
 
 def _allow_plain_python() -> None:
-    """Megatron reads torchrun's variables but only has defaults for rank and world size: complete them for one process."""
+    """Started without torchrun, Megatron assumes one process but no address: give it one."""
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")  # 0: any free port
@@ -44,10 +52,10 @@ def _skip_helper_compilation() -> None:
 
 
 def _load_torch_adam_state() -> None:
-    """Save and exact resume of the distributed optimizer over torch's own AdamW (no Transformer Engine, no apex).
+    """Exact resume of the distributed optimizer over torch's own AdamW (no Transformer Engine, no apex).
 
-    Megatron tests that pair with FusedAdam, which counts steps per group; torch counts per parameter, in a tensor
-    called `step`, and 0.19.2 mishandles it in four ways when it loads.
+    Megatron is made for FusedAdam, which counts steps per group. Torch counts per parameter, in a tensor
+    called `step`, which 0.19.2 mishandles on loading.
     """
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -60,7 +68,7 @@ def _load_torch_adam_state() -> None:
 
     @functools.wraps(original_state_dict)
     def state_dict(self: Any) -> dict[str, Any]:
-        # 1. It reads `step` from the state of the parameters, which before the first step is empty (an assertion).
+        # 1. It reads `step` from the parameters' state, which is empty before the first step (an assertion).
         if isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
                 state = self.optimizer.state[parameter]
@@ -82,8 +90,8 @@ def _load_torch_adam_state() -> None:
 
     @functools.wraps(original_set_states)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # 4. After loading `step` it looks for it among the sharded tensors: a KeyError (fully_reshardable), or the
-        #    value from before loading (dp_reshardable). What is not a tensor is left alone.
+        # 4. `step` is loaded already, but it takes it from the sharded tensors too: a KeyError
+        #    (fully_reshardable), or the value before loading (dp_reshardable). It skips what is not a tensor.
         original_set_states(self, model_param, {**tensors, "step": None})
 
     state_dict._primes_state = True  # type: ignore[attr-defined]

@@ -4,16 +4,17 @@
     no_gpu.install_if_no_gpu()          # before the first `import megatron.training`
     import megatron.training
 
-Megatron (0.19.2) assumes CUDA throughout: it creates tensors on device "cuda", asks for streams and events, and keeps
-the CUDA generator's state. Here the machine gets one pretended device, "cuda:0", and everything placed on it is an
-ordinary CPU tensor. Three rules keep the pretence from spreading:
+Megatron (0.19.2) assumes CUDA throughout: it creates tensors on device "cuda", asks for streams and events,
+and keeps the CUDA generator's state. Here the machine gets one pretended device, "cuda:0", and everything
+placed on it is an ordinary CPU tensor. Three rules keep the pretence from spreading:
 
-* only Megatron's start-up hears that CUDA is there; `torch.cuda.is_available()` stays False for everybody else, so that
-  Triton, torch.optim, DataLoader and our own kernels see the machine as it is;
+* only Megatron's start-up hears that CUDA is there; `torch.cuda.is_available()` stays False for all others,
+  so that Triton, torch.optim, DataLoader and our own kernels see the machine as it is;
 * a call that does not mention a CUDA device, a CUDA stream or ReduceOp.AVG does what torch does;
 * with a GPU nothing at all is changed.
 
-Nothing else in the project asks which machine it runs on.
+Nothing else in the project asks which machine it runs on. One difference remains: CPU and "GPU" share a
+random generator, and starting a data loader draws from it, so a resumed run is bit-exact only with dropout 0.
 """
 
 import functools
@@ -34,9 +35,11 @@ from megatron_msa.training import megatron_fixes
 
 CPU = torch.device("cpu")
 
-# The Megatron modules that must hear that there is a GPU: the start-up (asserts it; builds the parallel groups and
-# seeds only if there is one) and the persistent checkpoint worker (picks its device by rank modulo device count).
-MEGATRON_ASKERS = ("megatron.training.initialize", "megatron.core.dist_checkpointing.strategies.async_utils")
+# The Megatron modules that must hear that there is a GPU.
+MEGATRON_ASKERS = (
+    "megatron.training.initialize",  # asserts it; builds the parallel groups and seeds only if there is one
+    "megatron.core.dist_checkpointing.strategies.async_utils",  # worker's device: rank modulo device count
+)
 
 _installed = False
 
@@ -71,7 +74,7 @@ def argument_defaults() -> dict[str, Any]:
         **megatron_fixes.argument_defaults_without_te(),
         "distributed_backend": "gloo",
         "num_workers": 0,  # tests and demos are small; a forked loader costs more than it gives
-        # Fused activations and the fused bias-dropout-add are torch.compile code: eager here, with nothing to gain.
+        # These fusions are torch.compile code, which is not compiled here.
         "bias_gelu_fusion": False,
         "bias_swiglu_fusion": False,
         "bias_dropout_fusion": False,
@@ -95,7 +98,8 @@ def _replace_device_queries() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.get_device_capability = lambda device=None: (0, 0)
     cuda.get_device_name = lambda device=None: "cpu"
-    cuda.get_device_properties = lambda device=None: SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    properties = SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    cuda.get_device_properties = lambda device=None: properties
     # Empty in torch when CUDA never started; Megatron reads keys from it (--log-memory-to-tensorboard).
     cuda.memory_stats = lambda device=None: Counter()
     cuda.reset_peak_memory_stats = lambda device=None: None
@@ -169,10 +173,11 @@ def _replace_streams() -> None:
 
 def _replace_random_state() -> None:
     """One generator, the CPU's, stands for the CUDA generator (Megatron saves, restores and forks both)."""
-    for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
-        module.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)  # type: ignore
-        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    modules: list[Any] = [torch.cuda, torch.cuda.random]
+    for module in modules:
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -205,6 +210,7 @@ def _map_tensor_placement() -> None:
     Wrapped functions rather than a TorchFunctionMode: a mode costs microseconds on every operator of a step.
     """
     like = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+    # torch's own list of the functions with a device argument, which leaves out the `_like` ones.
     names = {function.__name__ for function in _device_constructors()} | set(like)
     for name in sorted(names):
         if hasattr(torch, name):
@@ -229,8 +235,10 @@ def _map_tensor_placement() -> None:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original_type(self, *args, **kwargs)
         # Megatron's optimizers sort parameters, and clipping checks gradients, by the name of the CUDA type.
-        if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optim"):
-            return result.replace("torch.", "torch.cuda.", 1)
+        if isinstance(result, str):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("megatron.core.optimizer."):
+                return result.replace("torch.", "torch.cuda.", 1)
         return result
 
     tensor_class.to = to
@@ -241,17 +249,20 @@ def _map_tensor_placement() -> None:
 
 
 def _average_over_gloo() -> None:
-    """gloo has no ReduceOp.AVG: divide first, then sum, which also holds for asynchronous and coalesced calls."""
+    """gloo has no ReduceOp.AVG: divide, then sum, which also holds for asynchronous and coalesced calls."""
     distributed: Any = torch.distributed
     average = distributed.ReduceOp.AVG
     sum_ = distributed.ReduceOp.SUM
     original_all_reduce = distributed.all_reduce
     original_reduce_scatter = distributed.reduce_scatter_tensor
 
+    def size(group: Any) -> int:
+        return max(distributed.get_world_size(group), 1)  # -1 on a rank outside the group
+
     @functools.wraps(original_all_reduce)
     def all_reduce(tensor: torch.Tensor, op: Any = sum_, group: Any = None, async_op: bool = False) -> Any:
         if op == average:
-            tensor.div_(distributed.get_world_size(group))
+            tensor.detach().div_(size(group))
             op = sum_
         return original_all_reduce(tensor, op, group, async_op)
 
@@ -260,7 +271,7 @@ def _average_over_gloo() -> None:
         output: torch.Tensor, input: torch.Tensor, op: Any = sum_, group: Any = None, async_op: bool = False
     ) -> Any:
         if op == average:
-            input = input / distributed.get_world_size(group)
+            input = input / size(group)
             op = sum_
         return original_reduce_scatter(output, input, op, group, async_op)
 
@@ -269,9 +280,9 @@ def _average_over_gloo() -> None:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Megatron decorates small functions with torch.compile, which on a CPU means a C++ compiler and a long first step.
+    """Megatron decorates small functions with torch.compile: on a CPU, a C++ compiler and a long first step.
 
-    Decorating alone imports the compiler: without it a process starts in half the time.
+    Decorating alone imports the compiler; without that, Megatron's import takes half the time.
     """
     if "megatron.core.jit" in sys.modules:  # too late: the functions are decorated
         from torch._dynamo import config as dynamo_config
@@ -291,7 +302,8 @@ def _import_megatron_uncompiled() -> None:
 
 
 def _patch_megatron_core() -> None:
-    """Two functions of Megatron itself that reach past torch's public interface."""
+    """Three functions of Megatron itself."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -301,12 +313,18 @@ def _patch_megatron_core() -> None:
 
     megatron_random._set_cuda_rng_state = set_rng_state
 
-    # Turns the all-to-all split sizes into numpy only on their way from the GPU; torch.distributed wants no tensors.
+    # Split sizes of the all-to-all become numpy only on their way from a GPU; tensors are refused there.
     original_move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if as_numpy and isinstance(tensor, torch.Tensor):
             return tensor.numpy()
-        return original_move(tensor, as_numpy, record_stream)
+        return original_move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_tensor_to_cpu
+
+    # The first save starts a process for a queue. It is spawned to keep clear of CUDA, and so imports the
+    # whole program again, which takes longer than the save; a fork does not.
+    filesystem_async.get_write_results_queue = functools.partial(
+        filesystem_async.get_write_results_queue, mp_mode="fork"
+    )
