@@ -12,7 +12,11 @@ With your own flags (all of Megatron's, and the `msa` group; `--dry-run` shows w
 import os
 from functools import partial
 
-from megatron_msa.training import no_gpu
+from megatron_msa import quiet_imports
+
+quiet_imports.apply()
+
+from megatron_msa.training import no_gpu  # noqa: E402
 
 HAS_GPU = not no_gpu.install_if_no_gpu()  # before Megatron's training package is imported
 
@@ -29,6 +33,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     try:
         args = arguments.parse_arguments(has_gpu=HAS_GPU)
+        tokenizer = arguments.tokenizer_from_args(args)
         model_config = arguments.model_config_from_args(args)
     except ConfigError as error:
         arguments.exit_with(error, rank)
@@ -41,19 +46,21 @@ def main() -> None:
         return
 
     from megatron.core.enums import ModelType
-    from megatron.training import get_tokenizer, pretrain
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
 
     from megatron_msa.data.datasets import make_datasets_provider
     from megatron_msa.training import megatron_hooks
     from megatron_msa.training.forward_step import forward_step
     from megatron_msa.training.run import TrainingRun
 
+    set_global_variables(args, build_tokenizer=False)  # from here on: TensorBoard, W&B, signal handlers
     run = TrainingRun(args, model_config)
     megatron_hooks.install(run)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        make_datasets_provider(args, get_tokenizer),
+        make_datasets_provider(args, lambda: tokenizer),
         ModelType.encoder_or_decoder,
         partial(forward_step, on_batch=run.on_batch),
     )

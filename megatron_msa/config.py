@@ -12,6 +12,8 @@ from megatron_msa.errors import ConfigError
 from megatron_msa.layer_pattern import parse_layer_pattern
 from megatron_msa.phases import PhaseSchedule
 
+_BACKENDS = ("auto", "triton", "reference")
+
 
 @dataclass(kw_only=True)
 class MSATransformerConfig(TransformerConfig):
@@ -44,7 +46,7 @@ class MSATransformerConfig(TransformerConfig):
     index branch insensitive to --msa-loss-coeff, so this is the setting that changes its speed."""
 
     msa_backend: str = dataclasses.field(
-        default="auto", metadata={"argparse_meta": {"choices": ["auto", "triton", "reference"]}}
+        default="auto", metadata={"argparse_meta": {"choices": list(_BACKENDS)}}
     )
     """Kernels: auto (Triton where it runs, otherwise the PyTorch reference), triton, or reference."""
 
@@ -57,10 +59,14 @@ class MSATransformerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         # Before Megatron's own checks: their messages would name symptoms (a failed division) instead.
         _check_heads(self)
+        _check_supported(self)
         super().__post_init__()
         if self.msa_indexer_head_dim is None:
             self.msa_indexer_head_dim = self.kv_channels
         self._check_msa()
+        if len(set(self.msa_layer_pattern())) > 1:
+            # Megatron saves equal layers as one stacked tensor, but only some of these have an index branch.
+            self.hetereogenous_dist_checkpoint = True
 
     def msa_layer_pattern(self) -> list[int]:
         """One entry per layer: 1 for MSA, 0 for full attention."""
@@ -82,13 +88,17 @@ class MSATransformerConfig(TransformerConfig):
             raise ConfigError(f"--msa-indexer-head-dim is {self.msa_indexer_head_dim}; it must be positive")
         if self.msa_loss_coeff < 0:
             raise ConfigError(f"--msa-loss-coeff is {self.msa_loss_coeff}; it must not be negative")
+        if self.msa_indexer_lr is not None and self.msa_indexer_lr < 0:
+            raise ConfigError(f"--msa-indexer-lr is {self.msa_indexer_lr}; it must not be negative")
+        if self.msa_backend not in _BACKENDS:
+            raise ConfigError(f"--msa-backend is {self.msa_backend!r}; allowed: {', '.join(_BACKENDS)}")
         if self.msa_quality_interval < 0 or self.msa_quality_rows < 1:
             raise ConfigError(
                 f"--msa-quality-interval {self.msa_quality_interval} and --msa-quality-rows "
                 f"{self.msa_quality_rows}: the interval must be 0 (never) or more, the rows at least 1"
             )
-        groups = self.num_query_groups or self.num_attention_heads
-        if self.tensor_model_parallel_size > groups:
+        groups = self.num_query_groups
+        if groups is not None and self.tensor_model_parallel_size > groups:
             raise ConfigError(
                 f"--tensor-model-parallel-size is {self.tensor_model_parallel_size} but there are {groups} "
                 "GQA groups (--num-query-groups); MSA shards its index heads with the groups, so use at most "
@@ -99,12 +109,43 @@ class MSATransformerConfig(TransformerConfig):
 
 
 def _check_heads(config: MSATransformerConfig) -> None:
-    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-    if groups < 1 or heads % groups:
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if groups is not None and (groups < 1 or heads % groups):
         raise ConfigError(
             f"--num-attention-heads {heads} is not divisible by --num-query-groups {groups}; every GQA group "
             "needs the same number of query heads"
         )
+
+
+def _check_supported(config: MSATransformerConfig) -> None:
+    """Refuse settings of Megatron that an MSA layer would ignore, which is worse than an error."""
+    settings = [
+        ("--transformer-impl", config.transformer_impl, ("local", "transformer_engine")),
+        ("--attention-dropout", config.attention_dropout, (0.0,)),
+        ("--multi-latent-attention", config.multi_latent_attention, (False,)),
+        ("--window-size", config.window_size, (None,)),
+        ("--softmax-type", config.softmax_type, ("vanilla",)),
+        ("--context-parallel-size", config.context_parallel_size, (1,)),
+        # These two read the largest score of each head, which the ops do not return.
+        ("--qk-clip", config.qk_clip, (False,)),
+        ("--log-max-attention-logit", config.log_max_attention_logit, (False,)),
+        # A captured layer would repeat the phase of the step it was captured in.
+        ("--cuda-graph-impl", config.cuda_graph_impl, ("none",)),
+    ]
+    for flag, value, allowed in settings:
+        if value not in allowed:
+            names = " or ".join(str(choice) for choice in allowed)
+            raise ConfigError(f"{flag} is {value}; MSA layers support only {names}")
+    if config.transformer_impl == "local" and config.normalization != "RMSNorm":
+        for flag, is_set in (
+            ("--apply-layernorm-1p", config.layernorm_zero_centered_gamma),
+            ("--sequence-parallel", config.sequence_parallel),
+        ):
+            if is_set:
+                raise ConfigError(
+                    f"{flag} needs --normalization RMSNorm with --transformer-impl local, got "
+                    f"{config.normalization}"
+                )
 
 
 def msa_field_names() -> list[str]:

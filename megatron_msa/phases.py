@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
+from decimal import Decimal
+from enum import StrEnum
+from itertools import pairwise
 
 from megatron_msa.errors import ConfigError
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """What an MSA layer computes and which parameters the optimizer updates."""
 
     DENSE = "dense"
@@ -73,8 +75,8 @@ class PhaseSchedule:
         if not text:
             raise ConfigError(
                 "--msa-schedule is missing; name the phases and where they start, for example "
-                "'warmup@0,sparse@2000' (the paper warms up for 1.3 % of training from scratch and for 10 % of "
-                f"the added tokens after a conversion). Phases: {names}"
+                "'warmup@0,sparse@2000' (the paper warms up for 1.3 % of training from scratch and for 10 % "
+                f"of the added tokens after a conversion). Phases: {names}"
             )
         phases: list[Phase] = []
         starts: list[int] = []
@@ -89,7 +91,8 @@ class PhaseSchedule:
                     f"--msa-schedule {text!r}: {name!r} starts at {start!r}; write {name}@ITERATION or "
                     f"{name}@TOKENS with a unit, for example {name}@2000 or {name}@40Btok"
                 )
-            count = float(match["number"].replace("_", "")) * _MULTIPLIER[match["scale"] or ""]
+            # Decimal, because in floating point 8.2 * 10**9 is not a whole number.
+            count = Decimal(match["number"].replace("_", "")) * _MULTIPLIER[match["scale"] or ""]
             if count != int(count):
                 raise ConfigError(f"--msa-schedule {text!r}: {start!r} is not a whole number")
             if count:  # 0 is the same in both units
@@ -100,7 +103,7 @@ class PhaseSchedule:
             raise ConfigError(f"--msa-schedule {text!r} mixes iterations and tokens; use one unit throughout")
         if starts[0] != 0:
             raise ConfigError(f"--msa-schedule {text!r}: the first phase must start at 0, not {starts[0]}")
-        if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(starts)):
             raise ConfigError(f"--msa-schedule {text!r}: each phase must start later than the one before it")
         return cls(tuple(phases), tuple(starts), units.pop() if units else "iterations")
 
@@ -122,11 +125,10 @@ class PhaseSchedule:
         total = train_iters if self.unit == "iterations" else train_tokens
         if self.starts[-1] >= total > 0:
             name = self.phases[-1].value
-            before = self.phases[-2].value if len(self.phases) > 1 else name
             raise ConfigError(
                 f"--msa-schedule lets {name} start at {self.starts[-1]:,} {self.unit}, but training ends at "
-                f"{total:,}: {before} would last longer than training. Start {name} earlier, leave it out, or "
-                "train longer (--train-iters or --train-samples)"
+                f"{total:,}. Start {name} earlier, leave it out, or train longer (--train-iters or "
+                "--train-samples)"
             )
 
     def describe(self) -> list[str]:

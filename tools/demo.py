@@ -18,13 +18,19 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from megatron_msa import quiet_imports
+
+quiet_imports.apply()
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHOWN = re.compile(r"\s*(step |validation at|MSA phase|error:)")
 VALIDATION_EVERY = 20  # every 20th document is kept for validation
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--train-iters", type=int, default=300)
     parser.add_argument("--warmup-iters", type=int, default=120, help="iterations before the sparse phase")
@@ -39,7 +45,9 @@ def main() -> int:
 
     print("1/3  text: the source code of this Python's standard library, as bytes", flush=True)
     unigram = prepare_data(output / "data")
-    print(f"     unigram baseline {unigram:.3f} nats per byte: what a model without context reaches", flush=True)
+    print(
+        f"     unigram baseline {unigram:.3f} nats a byte: what a model without context reaches", flush=True
+    )
     print("2/3  training: full attention while the index branch warms up, then sparse attention", flush=True)
     status = train(output, options.train_iters, options.warmup_iters)
     if status:
@@ -92,7 +100,7 @@ def train(output: Path, train_iters: int, warmup_iters: int) -> int:
         *("--log-interval", "1", "--log-line", "compact", "--metrics-file", str(output / "metrics.jsonl")),
         *("--save", str(output / "checkpoints"), "--save-interval", str(train_iters)),
     ]
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
     with (output / "train.log").open("w") as log:
         process = subprocess.Popen(

@@ -9,10 +9,10 @@ It prints the flags with which training reads the dataset. All options: --help.
 """
 
 import sys
-import warnings
 
-# Megatron warns a dozen times at import about optional GPU libraries that play no part here.
-warnings.filterwarnings("ignore", message=".*(Apex|transformer-engine)")
+from megatron_msa import quiet_imports
+
+quiet_imports.apply()
 
 from megatron_msa.data.preprocess import main  # noqa: E402
 

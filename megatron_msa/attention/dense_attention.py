@@ -17,7 +17,11 @@ from megatron_msa.config import MSATransformerConfig
 
 
 class DocumentAttention(MegatronModule):
-    """A `core_attention` module: exact causal attention within each document, memory bounded by query chunks."""
+    """A `core_attention` module: exact causal attention within documents, memory bounded by query chunks.
+
+    It takes the arguments Megatron builds core attentions with and needs the softmax scale only: the mask is
+    causal by construction, and `MSATransformerConfig` refuses dropout and context parallelism.
+    """
 
     def __init__(
         self,
@@ -43,9 +47,16 @@ class DocumentAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """q [s, b, h, d], k and v [s, b, groups, d] -> [s, b, h * d]; packed documents: [t, h, d] -> [t, h * d].
+        """Attend within each document, causally; the mask and bias arguments are not read.
 
-        The mask is causal within documents whatever ``attention_mask`` says; it is accepted for the interface.
+        Args:
+            query: [s, b, h, d]; packed documents: [t, h, d].
+            key: [s, b, groups, d]; packed documents: [t, groups, d].
+            value: the shape of ``key``.
+            packed_seq_params: where packed documents lie.
+
+        Returns:
+            [s, b, h * d]; packed documents: [t, h * d].
         """
         batch_size = None if query.dim() == 3 else query.shape[1]
         result = dense_kl(

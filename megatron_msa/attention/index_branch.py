@@ -67,7 +67,8 @@ class IndexBranch(MegatronModule):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
-        assert config.msa_indexer_head_dim is not None and config.num_query_groups is not None
+        assert config.msa_indexer_head_dim is not None
+        assert config.num_query_groups is not None
         self.head_dim = config.msa_indexer_head_dim
         self.tp_group = pg_collection.tp
         self.linear_index_q = submodules.linear_index_q(

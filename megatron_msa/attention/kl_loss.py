@@ -7,8 +7,9 @@ gives to auxiliary losses. Megatron's schedules set that scale before every back
 
 - default: loss scale * context-parallel size / number of microbatches; gradients are then averaged over
   DP x CP, so each rank contributes its rows divided by the GLOBAL rows of the microbatch;
-- ``--calculate-per-token-loss``: the loss scale alone; gradients are summed and later divided by the number of
-  tokens, so each rank contributes the plain sum over its rows.
+- ``--calculate-per-token-loss``: the loss scale alone; gradients are summed and later divided by the number
+  of tokens whose loss counts, so each rank contributes the plain sum over its rows. Rows have a KL whether or
+  not their loss counts: with masked tokens the KL weighs more by rows / counted tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one MSA layer measures while it trains: its KL loss and, on sampled steps, the quality of its selection."""
+"""What an MSA layer measures while it trains: its KL loss and, on sampled steps, its selection's quality."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class LayerMetrics:
     """Sums of one layer since the last reset, kept on the device so that no step waits for them.
 
     `sums[name]` holds two numbers: the sum over (row, GQA group) pairs and their count. Both add up over
-    tensor-parallel ranks (which own groups), context- and data-parallel ranks (which own rows) and microbatches.
+    tensor-parallel ranks (which own groups), context- and data-parallel ranks (which own rows) and
+    microbatches.
     """
 
     def __init__(self) -> None:

@@ -1,18 +1,20 @@
 """Layer specs: which modules make an MSA layer, for Megatron's local and Transformer Engine implementations.
 
-Megatron's own block spec decides everything else (dense-first and MoE layers, pipeline and virtual stages); here
-the self attention of the MSA layers is replaced, and the modules that need replacing without Transformer Engine.
+Megatron's own block spec decides everything else (dense-first and MoE layers, pipeline and virtual stages);
+here the self attention of the MSA layers is replaced, and what cannot be used without Transformer Engine.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
@@ -24,19 +26,17 @@ from megatron_msa.attention.index_branch import IndexBranchSubmodules
 from megatron_msa.attention.rms_norm import RMSNorm
 from megatron_msa.attention.self_attention import MSASelfAttention, MSASelfAttentionSubmodules
 from megatron_msa.config import MSATransformerConfig
-from megatron_msa.errors import ConfigError
 
-# Where the norm before the QKV projection lives in a checkpoint: Transformer Engine's dense layers fuse it into
-# the projection, so one name for all implementations lets dense and MSA checkpoints load into each other.
+# Where the norm before the QKV projection lives in a checkpoint: Transformer Engine's dense layers fuse it
+# into the projection, so one name for all lets dense and MSA checkpoints load into each other.
 _INPUT_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def msa_layer_specs(config: MSATransformerConfig) -> list[ModuleSpec]:
     """One layer spec per decoder layer of the whole model."""
-    use_te = config.transformer_impl == "transformer_engine"
     specs = get_gpt_decoder_layer_specs(
         config,
-        use_transformer_engine=use_te,
+        use_transformer_engine=_uses_te(config),
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
@@ -57,7 +57,27 @@ def msa_block_spec(config: MSATransformerConfig, vp_stage: int | None = None) ->
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         layer_ids = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[specs[layer_id] for layer_id in layer_ids], layer_norm=_norm(config, for_qk=False)
+        layer_specs=[specs[layer_id] for layer_id in layer_ids], layer_norm=_norm(config)
+    )
+
+
+def msa_mtp_spec(
+    config: MSATransformerConfig, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token-prediction layers of this pipeline stage, built like the last decoder layer, if any."""
+    if config.mtp_num_layers is None:
+        return None
+    block = get_gpt_mtp_block_spec(
+        config, msa_layer_specs(config)[-1], use_transformer_engine=_uses_te(config), vp_stage=vp_stage
+    )
+    if block is None:
+        return None
+    norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), _norm(config))
+    return replace(
+        block,
+        layer_specs=[
+            replace(spec, submodules=replace(spec.submodules, **norms)) for spec in block.layer_specs
+        ],
     )
 
 
@@ -66,59 +86,49 @@ def _layer_spec(spec: ModuleSpec, config: MSATransformerConfig, *, is_msa: bool)
     layer = spec.submodules
     assert isinstance(layer, TransformerLayerSubmodules)
     attention = layer.self_attention.submodules
-    qk_norm = _norm(config, for_qk=True) if config.qk_layernorm else None
     changes: dict = {}
-    if config.transformer_impl != "transformer_engine":
-        attention = replace(
-            attention,
-            core_attention=DocumentAttention,
-            q_layernorm=qk_norm if config.qk_layernorm else attention.q_layernorm,
-            k_layernorm=qk_norm if config.qk_layernorm else attention.k_layernorm,
-        )
-        norm = _norm(config, for_qk=False)
-        changes = {"input_layernorm": norm}
+    if not _uses_te(config):
+        norm = _norm(config)
+        changes["input_layernorm"] = norm
         if layer.pre_mlp_layernorm is not IdentityOp:
             changes["pre_mlp_layernorm"] = norm
+        attention = replace(attention, core_attention=DocumentAttention)
+        if config.qk_layernorm and not config.qk_l2_norm:
+            attention = replace(attention, q_layernorm=norm, k_layernorm=norm)
     if is_msa:
-        linear, input_norm = _unfused_projection(config)
+        # The index branch reads the normalised hidden states too, so Transformer Engine's fused norm and
+        # projection cannot be used: a projection without a norm inside, and the norm before it.
+        linear = _backend(config).column_parallel_linear()
+        index_norm = None if attention.q_layernorm is IdentityOp else attention.q_layernorm
         attention = MSASelfAttentionSubmodules(
             linear_qkv=linear,
             core_attention=attention.core_attention,
             linear_proj=attention.linear_proj,
             q_layernorm=attention.q_layernorm,
             k_layernorm=attention.k_layernorm,
-            index_branch=IndexBranchSubmodules(linear_index_q=linear, index_norm=qk_norm),
+            index_branch=IndexBranchSubmodules(linear_index_q=linear, index_norm=index_norm),
         )
-        changes["input_layernorm"] = input_norm
+        changes["input_layernorm"] = _norm(config)
         changes["sharded_state_dict_keys_map"] = layer.sharded_state_dict_keys_map | _INPUT_NORM_KEY
     module = MSASelfAttention if is_msa else layer.self_attention.module
     changes["self_attention"] = replace(layer.self_attention, module=module, submodules=attention)
     return replace(spec, submodules=replace(layer, **changes))
 
 
-def _unfused_projection(config: MSATransformerConfig) -> tuple[type, type]:
-    """A column-parallel projection without a norm inside, and the norm that stands before it.
+def _uses_te(config: MSATransformerConfig) -> bool:
+    return config.transformer_impl == "transformer_engine"
 
-    The index branch reads the normalised hidden states too, so Transformer Engine's fused norm + projection
-    cannot be used in an MSA layer.
-    """
-    if config.transformer_impl != "transformer_engine":
-        return LocalSpecProvider().column_parallel_linear(), _norm(config, for_qk=False)
+
+def _backend(config: MSATransformerConfig) -> BackendSpecProvider:
+    if not _uses_te(config):
+        return LocalSpecProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    return TESpecProvider().column_parallel_linear(), _norm(config, for_qk=False)
+    return TESpecProvider()
 
 
-def _norm(config: MSATransformerConfig, *, for_qk: bool) -> type:
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        return TESpecProvider().layer_norm(for_qk=for_qk)
-    if config.normalization == "RMSNorm":
+def _norm(config: MSATransformerConfig) -> LayerNormBuilder:
+    """The norm of hidden states; Megatron's local RMSNorm has no sequence parallelism and no 1 + weight."""
+    if not _uses_te(config) and config.normalization == "RMSNorm":
         return RMSNorm
-    if config.layernorm_zero_centered_gamma or config.sequence_parallel:
-        raise ConfigError(
-            f"--normalization {config.normalization} with --transformer-impl local supports neither "
-            "--apply-layernorm-1p nor --sequence-parallel; use --normalization RMSNorm"
-        )
-    return LocalSpecProvider().layer_norm(for_qk=for_qk)
+    return _backend(config).layer_norm()

@@ -23,9 +23,9 @@ from msa_kernels import block_select, dense_kl, selection_quality, sparse_attent
 from torch import Tensor
 
 from megatron_msa.attention.index_branch import IndexBranch, IndexBranchSubmodules
-from megatron_msa.attention.kl_loss import attach_loss, kl_objective
+from megatron_msa.attention.kl_loss import attach_loss, kl_objective, set_loss_scale
 from megatron_msa.attention.layer_metrics import QUALITY_NAMES, LayerMetrics
-from megatron_msa.attention.packing import document_layout, from_packed, to_packed
+from megatron_msa.attention.packing import document_layout, document_offsets, from_packed, to_packed
 from megatron_msa.config import MSATransformerConfig
 from megatron_msa.phases import Phase
 
@@ -46,6 +46,8 @@ class MSASelfAttention(SelfAttention):
         super().__init__(config, submodules, *args, **kwargs)
         assert submodules.index_branch is not None, "the layer spec must name the index branch's submodules"
         self.index_branch = IndexBranch(config, submodules.index_branch, self.pg_collection)
+        # Here, not where the model is built: without it the schedules would leave the KL unscaled, silently.
+        config.experimental_attention_variant_loss_scale_func = set_loss_scale
         self.phase = config.phase_schedule().phases[0]
         self.metrics = LayerMetrics()
         self.sample_quality = False
@@ -88,17 +90,17 @@ class MSASelfAttention(SelfAttention):
         if self.phase.has_kl:
             index["index_query"], index["index_key"] = self.index_branch(hidden_states)
 
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if packed:
+        offsets = document_offsets(packed_seq_params)
+        if offsets is not None:
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
             index = {name: x.squeeze(1) for name, x in index.items()}
         if rotary_pos_emb is not None:
             q_emb, k_emb = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
-            query = self._rotate(query, q_emb, packed_seq_params)
-            key = self._rotate(key, k_emb, packed_seq_params)
+            query = self._rotate(query, q_emb, offsets)
+            key = self._rotate(key, k_emb, offsets)
             if index:
-                index["index_query"] = self._rotate(index["index_query"], q_emb, packed_seq_params)
-                index["index_key"] = self._rotate(index["index_key"], k_emb, packed_seq_params)
+                index["index_query"] = self._rotate(index["index_query"], q_emb, offsets)
+                index["index_key"] = self._rotate(index["index_key"], k_emb, offsets)
         if self.phase is Phase.SPARSE:
             # Outside the recomputed region: selective recomputation replays the saved selection.
             index |= self._select(index["index_query"], index["index_key"], packed_seq_params)
@@ -123,18 +125,15 @@ class MSASelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
                 **index,
             )
-        if packed:
+        if offsets is not None:
             output = output.reshape(output.size(0), 1, -1)
         if gate is not None:
             output = self._apply_output_gate(output, gate)
         return self.linear_proj(output)
 
-    def _rotate(self, x: Tensor, embedding: Tensor | None, packed: PackedSeqParams | None) -> Tensor:
+    def _rotate(self, x: Tensor, embedding: Tensor | None, offsets: Tensor | None) -> Tensor:
         if embedding is None:
             return x
-        offsets = None
-        if packed is not None and packed.qkv_format == "thd":
-            offsets = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
         return apply_rotary_pos_emb(
             x,
             embedding,
@@ -217,7 +216,7 @@ class MSASelfAttention(SelfAttention):
         )
 
     def _touch_index_branch(self, output: Tensor) -> Tensor:
-        """Give the idle index branch zero gradients: Megatron's overlapped reduction waits for every parameter."""
+        """Give the idle index branch zero gradients: Megatron's overlapped reduction waits for them all."""
         if not (self.training and torch.is_grad_enabled()):
             return output
         zero = sum((parameter.sum() * 0.0 for parameter in self.index_branch.parameters()), torch.zeros(()))

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from megatron_msa.config import MSATransformerConfig
 from megatron_msa.errors import ConfigError
 
-_INDEX_KEY = "self_attention.index_branch."
+# One tensor per layer, or in an older format all layers stacked in one.
+_INDEX_WEIGHT = re.compile(
+    r"decoder\.layers\.((?P<layer>\d+)\.)?self_attention\.index_branch\.linear_index_k\.weight"
+)
 _EMBEDDING_KEY = "embedding.word_embeddings.weight"
 
 
-def find_checkpoint(load: str, step: int | None = None) -> Path | None:
-    """The folder of the checkpoint that Megatron would load from ``load``, or None when there is none."""
+def find_checkpoint(load: str | None, step: int | None = None) -> Path | None:
+    """The folder of the checkpoint that Megatron would load from ``load``, or None when there is none.
+
+    Args:
+        load: --load or --pretrained-checkpoint.
+        step: --ckpt-step.
+
+    Raises:
+        ConfigError: the file that names the latest checkpoint cannot be understood, or names a missing one.
+    """
+    if load is None:
+        return None
     root = Path(load)
     tracker = root / "latest_checkpointed_iteration.txt"
-    if step is not None:
-        name = f"iter_{step:07d}"
-    elif tracker.is_file():
-        text = tracker.read_text().strip()
-        name = "release" if text == "release" else f"iter_{int(text):07d}"
-    else:
+    if not tracker.is_file():
         return None
-    return root / name
+    text = tracker.read_text().strip()
+    if not step and text != "release" and not text.isdecimal():
+        raise ConfigError(
+            f"{tracker} holds {text!r} where an iteration is expected; choose one with --ckpt-step"
+        )
+    checkpoint = root / ("release" if text == "release" and not step else f"iter_{step or int(text):07d}")
+    if not checkpoint.is_dir():
+        chosen = "chosen with --ckpt-step" if step else f"named by {tracker}"
+        raise ConfigError(
+            f"the checkpoint {checkpoint}, {chosen}, does not exist; choose another --ckpt-step"
+        )
+    return checkpoint
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -38,8 +58,8 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         metadata = FileSystemReader(checkpoint).read_metadata()
     except Exception as error:
         raise ConfigError(
-            f"{checkpoint} is not a complete torch_dist checkpoint ({type(error).__name__}: {error}); choose another "
-            "step with --ckpt-step, or another --load"
+            f"{checkpoint} is not a complete torch_dist checkpoint ({type(error).__name__}: {error}); "
+            "choose another step with --ckpt-step, or another --load"
         ) from error
     return {
         name: tuple(entry.size)
@@ -49,7 +69,7 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_checkpoint(args: argparse.Namespace, config: MSATransformerConfig, vocab_size: int) -> None:
-    """Refuse a checkpoint without the index branch this model needs, or with another vocabulary.
+    """Refuse a checkpoint without the index branches this model needs, or with another vocabulary.
 
     Args:
         args: reads ``load``, ``ckpt_step`` and ``pretrained_checkpoint``.
@@ -58,21 +78,40 @@ def check_checkpoint(args: argparse.Namespace, config: MSATransformerConfig, voc
     Raises:
         ConfigError: the checkpoint does not fit; says how to convert.
     """
-    for load in (args.load, getattr(args, "pretrained_checkpoint", None)):
-        checkpoint = find_checkpoint(load, getattr(args, "ckpt_step", None)) if load else None
-        if checkpoint is None or not (checkpoint / ".metadata").exists():
-            continue  # nothing there, or another format: Megatron reports it
-        shapes = tensor_shapes(checkpoint)
-        if any(config.msa_layer_pattern()) and not any(_INDEX_KEY in name for name in shapes):
-            raise ConfigError(
-                f"the checkpoint {checkpoint} has no index branch: it is a dense model. Convert it from GQA to MSA "
-                "first, or train it as it is with --msa-layer-freq "
-                f"'([0]*{config.num_layers})'"
-            )
-        embedding = shapes.get(_EMBEDDING_KEY)
-        if embedding is not None and embedding[0] != vocab_size:
-            raise ConfigError(
-                f"vocabulary mismatch: the checkpoint {checkpoint} has {embedding[0]} embeddings, the model "
-                f"{vocab_size} (tokenizer vocabulary padded to --make-vocab-size-divisible-by times TP); use the "
-                "tokenizer the checkpoint was trained with"
-            )
+    # As in Megatron: the pretrained checkpoint starts a run, until the run has a checkpoint of its own.
+    checkpoint = find_checkpoint(args.load, args.ckpt_step) or find_checkpoint(
+        args.pretrained_checkpoint, args.ckpt_step
+    )
+    if checkpoint is None or any(checkpoint.glob("mp_rank_*")):
+        return  # nothing to load, or Megatron's older format, which has no metadata to look into
+    shapes = tensor_shapes(checkpoint)
+    _check_index_branches(checkpoint, shapes, config)
+    embedding = shapes.get(_EMBEDDING_KEY)
+    if embedding is not None and embedding[0] != vocab_size:
+        raise ConfigError(
+            f"vocabulary mismatch: the checkpoint {checkpoint} has {embedding[0]} embeddings, the model "
+            f"{vocab_size} (tokenizer vocabulary padded to --make-vocab-size-divisible-by times TP); use "
+            "the tokenizer the checkpoint was trained with"
+        )
+
+
+def _check_index_branches(
+    checkpoint: Path, shapes: dict[str, tuple[int, ...]], config: MSATransformerConfig
+) -> None:
+    found: set[int] = set()
+    for name, shape in shapes.items():
+        match = _INDEX_WEIGHT.fullmatch(name)
+        if match is not None:
+            found |= {int(match["layer"])} if match["layer"] else set(range(shape[0]))
+    wanted = {layer for layer, is_msa in enumerate(config.msa_layer_pattern()) if is_msa}
+    if wanted and not found:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} has no index branch: it is a dense model. Convert it from GQA to "
+            f"MSA first, or train it as it is with --msa-layer-freq '([0]*{config.num_layers})'"
+        )
+    if wanted - found:
+        missing = ", ".join(str(layer + 1) for layer in sorted(wanted - found))
+        raise ConfigError(
+            f"the checkpoint {checkpoint} has no index branch in layer {missing} (counted from 1), which "
+            "--msa-layer-freq makes an MSA layer; use the pattern the checkpoint was trained with"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -17,9 +16,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_msa.attention.kl_loss import set_loss_scale
-from megatron_msa.attention.layer_specs import msa_block_spec, msa_layer_specs
+from megatron_msa.attention.layer_specs import msa_block_spec, msa_mtp_spec
 from megatron_msa.config import MSATransformerConfig
+from megatron_msa.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -28,6 +27,30 @@ class MSAModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_msa.model.gpt.MSAModelBuilder"
     transformer: MSATransformerConfig
+
+    def __post_init__(self) -> None:
+        if self.transformer_layer_spec is not None:
+            raise ConfigError("--spec is set; the layer specs of an MSA model are its own, leave it out")
+        if self.position_embedding_type == "mrope":
+            raise ConfigError(
+                "--position-embedding-type is mrope; MSA layers take positions of one dimension, use rope"
+            )
+        self._check_rotary_dimensions()
+
+    def _check_rotary_dimensions(self) -> None:
+        """The index branch gets the rotary embedding of the attention heads and must be as wide as it."""
+        if self.position_embedding_type not in ("rope", "yarn"):
+            return
+        channels, head_dim = self.transformer.kv_channels, self.transformer.msa_indexer_head_dim
+        assert channels is not None
+        assert head_dim is not None
+        rotary = int(channels * min(self.rotary_percent, 1.0))
+        if head_dim < rotary:
+            raise ConfigError(
+                f"--msa-indexer-head-dim is {head_dim} but the rotary embedding turns {rotary} dimensions of "
+                f"each head (--kv-channels {channels} times --rotary-percent {self.rotary_percent}); use at "
+                f"least {rotary}, or a smaller --rotary-percent"
+            )
 
 
 class MSAModelBuilder(GPTModelBuilder):
@@ -40,20 +63,10 @@ class MSAModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """See `GPTModelBuilder.build_model`. Multi-token-prediction layers are built like the last layer."""
+        """See `GPTModelBuilder.build_model`."""
         model_config = self._model_config
         config = model_config.transformer
         assert isinstance(config, MSATransformerConfig)
-        config.experimental_attention_variant_loss_scale_func = set_loss_scale
-
-        mtp_spec = None
-        if config.mtp_num_layers is not None:
-            mtp_spec = get_gpt_mtp_block_spec(
-                config,
-                msa_layer_specs(config)[-1],
-                use_transformer_engine=config.transformer_impl == "transformer_engine",
-                vp_stage=vp_stage,
-            )
         vp_size = config.virtual_pipeline_model_parallel_size
         if pre_process is None:
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
@@ -62,7 +75,7 @@ class MSAModelBuilder(GPTModelBuilder):
         return GPTModel(
             config=config,
             transformer_layer_spec=msa_block_spec(config, vp_stage),
-            mtp_block_spec=mtp_spec,
+            mtp_block_spec=msa_mtp_spec(config, vp_stage),
             vocab_size=padded_vocab_size(model_config),
             max_sequence_length=model_config.seq_length,
             pre_process=pre_process,

@@ -9,7 +9,7 @@ from typing import Any
 class StepLine:
     """Formats logged steps; remembers the last measured recall, which is sampled, and the pace of the run."""
 
-    def __init__(self, train_iters: int, log_interval: int) -> None:
+    def __init__(self, train_iters: int) -> None:
         self._total = train_iters
         self._recall: float | None = None
         self._start: tuple[int, float] | None = None

@@ -26,10 +26,11 @@ def numbered_layers(model: list[nn.Module], num_decoder_layers: int) -> list[tup
 def collect(
     model: list[nn.Module], *, num_decoder_layers: int, num_mtp_layers: int, device: torch.device | int | str
 ) -> dict[str, dict[int, float]]:
-    """Means per layer since the last call, over rows, GQA groups, microbatches and all ranks; resets the layers.
+    """Means per layer since the last call, over rows, GQA groups, microbatches and all ranks.
 
-    Collective over every rank: pipeline stages own layers, tensor-parallel ranks own groups, context- and
-    data-parallel ranks own rows. Sums and counts are reduced, so the means do not depend on the layout.
+    Resets the layers. Collective over every rank: pipeline stages own layers, tensor-parallel ranks own
+    groups, context- and data-parallel ranks own rows. Sums and counts are reduced, so the means do not depend
+    on the layout.
 
     Returns:
         name -> {layer number: mean}; layers that measured nothing are left out.

@@ -1,4 +1,18 @@
-"""Append-only JSON lines: one object per logged step, validation and phase switch."""
+"""Append-only JSON lines: one object per logged step, validation and phase switch.
+
+Rows have an ``event`` and an ``iteration``, the number of finished steps. NaN and infinity become null.
+
+- ``phase``: a phase begins after this iteration; ``previous`` is null when a process begins with it.
+- ``step``: what happened since the row before it, averaged over those steps unless said otherwise.
+  ``lm_loss`` in nats per token; ``kl`` in nats per query and GQA group, the sum over layers (without
+  --msa-loss-coeff); ``skipped`` steps; ``seconds`` per step; ``tokens_per_second``; ``tflops_executed``,
+  ``tflops_dense_equivalent`` and ``mfu`` per device (``mfu`` is null if the device's peak is unknown). Of
+  the last step: ``phase``, ``learning_rate``, ``grad_norm``, ``loss_scale``; ``tokens`` since training
+  began. On steps where the selection was measured also ``block_recall``, ``score_recall``,
+  ``selection_entropy``, ``local_block_share`` and ``first_block_share``, each the mean over layers.
+  ``<name>_per_layer`` maps layer numbers (from 1) to values.
+- ``validation`` and ``test``: ``lm_loss`` and the ``phase`` in which it was evaluated.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +25,7 @@ from typing import Any
 class MetricsFile:
     """Writes rows to a JSONL file; only the rank that logs opens one.
 
-    Every row is flushed, so a killed run keeps what it logged. NaN and infinity become null: they are not JSON.
+    Every row is flushed, so a killed run keeps what it logged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -19,6 +33,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
+        """Append one row."""
         self._file.write(json.dumps({"event": event, **_json_safe(values)}) + "\n")
         self._file.flush()
 

@@ -13,6 +13,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writer, print_rank_0, training
 from megatron.training.utils import is_last_rank
+from torch import Tensor
 
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.data.batch import Batch
@@ -22,8 +23,33 @@ from megatron_msa.training.console import StepLine
 from megatron_msa.training.hardware import peak_bf16_tflops
 from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
-from megatron_msa.training.phase_control import PhaseAwareStep, set_phase
+from megatron_msa.training.phase_control import PhaseAwareStep, late_start_warning, set_phase
 from megatron_msa.training.speed import AttendedPairs, speed
+
+
+class StepTotals:
+    """Sums over the steps since the last row.
+
+    Megatron's own totals and its interval timer do not serve: it does not reset them after the first step
+    of a process, so that its second line averages two steps.
+    """
+
+    def __init__(self) -> None:
+        self.advanced = 0
+        self.skipped = 0
+        self.loss: Tensor | None = None
+        """Sum of the losses of the advanced steps, on the device; None where there is no loss."""
+
+    def add(self, loss: Tensor | None, *, skipped: bool) -> None:
+        """Add one step; the loss of a skipped one may be NaN and is left out."""
+        self.skipped += skipped
+        self.advanced += not skipped
+        if loss is not None and not skipped:
+            self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+
+    @property
+    def steps(self) -> int:
+        return self.advanced + self.skipped
 
 
 class TrainingRun:
@@ -43,16 +69,20 @@ class TrainingRun:
         self.model: list[torch.nn.Module] = []
         self.step: PhaseAwareStep | None = None
         self.pairs = AttendedPairs(self.config, args.seq_length)
-        self.line = StepLine(args.train_iters, args.log_interval)
+        self.totals = StepTotals()
+        self._line: StepLine | None = None
         self._metrics_file: MetricsFile | None = None
-        self._evaluation = (0, "")
+        self._seconds_in_rows = 0.0
+        """Of Megatron's interval timer, what rows have accounted for."""
+        self._evaluation: dict[str, Any] = {}
 
     # -- called by Megatron's loop ---------------------------------------------------------------------------
 
     def optimizer_overrides(self) -> dict[Any, Any]:
         """A parameter group of its own for the index branch when it has its own learning rate."""
         rate = self.config.msa_indexer_lr
-        if rate is None:
+        if rate is None or rate == self.args.lr:
+            # Megatron tells the groups of a checkpoint apart by their settings: equal ones would collide.
             return {}
         key = ParamKey(attr="is_msa_index_parameter")
         return {key: {"max_lr": rate, "min_lr": (self.args.min_lr or 0.0) * rate / self.args.lr}}
@@ -63,6 +93,12 @@ class TrainingRun:
             self.step = PhaseAwareStep(model, optimizer)
         for line in self.schedule.describe():
             print_rank_0(f"MSA phase {line}")
+        if optimizer is not None and self.args.optimizer == "adam":
+            warning = late_start_warning(
+                self.schedule, beta1=self.args.adam_beta1, beta2=self.args.adam_beta2
+            )
+            if warning is not None:
+                print_rank_0(f"WARNING: {warning}")
         self._enter_phase(self.args.iteration)
 
     def before_step(self, iteration: int) -> None:
@@ -74,38 +110,39 @@ class TrainingRun:
 
     def on_batch(self, batch: Batch) -> None:
         """Count the document lengths of a training microbatch (packed documents only)."""
-        if torch.is_grad_enabled() and batch.packed_seq_params is not None:
-            self.pairs.add_documents(batch.packed_seq_params.cu_seqlens_q)
+        if batch.packed_seq_params is not None:
+            offsets = batch.packed_seq_params.cu_seqlens_q
+            self.pairs.add_documents(offsets)
+            training.update_seqlen_stats_from_cu_seqlens(offsets)  # for Megatron's own FLOP count
 
     def log_step(self, megatron_log: Callable[[], Any], values: dict[str, Any]) -> Any:
         """Around Megatron's `training_log`; ``values`` are its arguments."""
-        iteration = values["iteration"]
-        first = values.get("is_first_iteration", False)
-        if iteration % self.args.log_interval and not first:
-            return megatron_log()
-        row = self._row(values)
+        self.totals.add(values["loss_dict"].get("lm loss"), skipped=bool(values["skipped_iter"]))
+        row = None if values["iteration"] % self.args.log_interval else self._row(values)
+        shown = {n.replace("_", " "): row[n] for n in _IN_MEGATRONS_LINE if n in row} if row else {}
         totals = values["total_loss_dict"]
-        steps = totals.get("advanced iterations", 0) + (not values["skipped_iter"])
-        for name in ("kl", "score_recall", "block_recall"):
-            if row.get(name) is not None:  # Megatron prints each entry divided by the number of steps
-                totals[name.replace("_", " ")] = torch.tensor([row[name] * steps])
+        # Megatron prints each entry divided by the steps that advanced, this one included.
+        advanced = max(1, totals.get("advanced iterations", 0) + (not values["skipped_iter"]))
+        totals |= {name: torch.tensor([value * advanced]) for name, value in shown.items()}
         result = self._quietly(megatron_log) if self.args.log_line == "compact" else megatron_log()
-        for name in ("kl", "score recall", "block recall"):
-            totals.pop(name, None)
-        self._write_step(row)
+        for name in shown:
+            del totals[name]
+        if row is not None:
+            self._write_step(row)
         return result
 
     def before_evaluation(self, iteration: int, label: str) -> None:
         self._enter_phase(iteration)
-        self._evaluation = (iteration, "test" if "test set" in label else "validation")
+        event = "test" if "test set" in label else "validation"
+        self._evaluation = {"event": event, "iteration": iteration, "phase": self._phase_name()}
 
     def after_evaluation(self, losses: dict[str, Any]) -> None:
-        iteration, event = self._evaluation
+        row = self._evaluation
         if is_last_rank() and "lm loss" in losses:
             loss = float(losses["lm loss"])
-            self._file().write(event, iteration=iteration, lm_loss=loss, phase=self._phase_name())
+            self._file().write(**row, lm_loss=loss)
             if self.args.log_line == "compact":
-                print(f"{event:>10} at step {iteration}: loss {loss:.4f}", flush=True)
+                print(f"{row['event']:>10} at step {row['iteration']}: loss {loss:.4f}", flush=True)
 
     # -- internals -------------------------------------------------------------------------------------------
 
@@ -127,10 +164,9 @@ class TrainingRun:
             self._file().write("phase", iteration=iteration, phase=phase.value, previous=previous or None)
 
     def _row(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What is logged of the steps since the last logged one. Collective over all ranks."""
-        args, totals = self.args, values["total_loss_dict"]
-        advanced = totals.get("advanced iterations", 0) + (not values["skipped_iter"])
-        steps = advanced + totals.get("skipped iterations", 0) + values["skipped_iter"]
+        """What is logged of the steps since the last row. Collective over all ranks."""
+        args = self.args
+        totals, self.totals = self.totals, StepTotals()
         per_layer = collect(
             self.model,
             num_decoder_layers=self.config.num_layers,
@@ -138,7 +174,10 @@ class TrainingRun:
             device=torch.cuda.current_device(),
         )
         sequences = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-        seconds = get_timers()("interval-time").elapsed(reset=False, barrier=False) / steps
+        elapsed = get_timers()("interval-time").elapsed(reset=False, barrier=False)
+        seconds = (elapsed - self._seconds_in_rows) / totals.steps
+        # Megatron is about to set the timer to zero, except after the first step of a process.
+        self._seconds_in_rows = elapsed if values.get("is_first_iteration", False) else 0.0
         row: dict[str, Any] = {
             "iteration": values["iteration"],
             "phase": self._phase_name(),
@@ -146,12 +185,11 @@ class TrainingRun:
             "learning_rate": values["learning_rate"],
             "grad_norm": None if values["grad_norm"] is None else float(values["grad_norm"]),
             "loss_scale": values["loss_scale"],
-            "skipped": totals.get("skipped iterations", 0) + values["skipped_iter"],
+            "skipped": totals.skipped,
             "seconds": seconds,
         }
-        if "lm loss" in values["loss_dict"] and advanced:
-            total = float(totals.get("lm loss", 0.0)) + float(values["loss_dict"]["lm loss"])
-            row["lm_loss"] = total / advanced
+        if totals.loss is not None:
+            row["lm_loss"] = float(totals.loss) / totals.advanced
         if "kl" in per_layer:
             row["kl"] = sum(per_layer["kl"].values())
             row["kl_per_layer"] = per_layer["kl"]
@@ -160,7 +198,7 @@ class TrainingRun:
                 row[name] = sum(layers.values()) / len(layers)
                 row[f"{name}_per_layer"] = layers
         causal, sparse = self.pairs.per_step(
-            sequences, steps, parallel_state.get_data_parallel_group(), torch.cuda.current_device()
+            sequences, totals.steps, parallel_state.get_data_parallel_group(), torch.cuda.current_device()
         )
         row |= speed(
             self.config,
@@ -180,8 +218,9 @@ class TrainingRun:
             return
         self._file().write("step", **row)
         if self.args.log_line == "compact":
-            print(self.line.format(row), flush=True)
-        scalars = {f"msa/{name}": value for name, value in row.items() if name in _SCALARS and value is not None}
+            self._line = self._line or StepLine(self.args.train_iters)
+            print(self._line.format(row), flush=True)
+        scalars = {f"msa/{name}": row[name] for name in _SCALARS if row.get(name) is not None}
         scalars |= {f"msa/kl_layer_{layer}": value for layer, value in row.get("kl_per_layer", {}).items()}
         iteration = row["iteration"]
         if (writer := get_tensorboard_writer()) is not None:
@@ -207,7 +246,8 @@ class TrainingRun:
             training.print_rank_last = printing
 
 
-_SCALARS = {
+_IN_MEGATRONS_LINE = ("kl", "score_recall", "block_recall")
+_SCALARS = (
     "kl",
     "block_recall",
     "score_recall",
@@ -218,4 +258,4 @@ _SCALARS = {
     "tflops_executed",
     "tflops_dense_equivalent",
     "mfu",
-}
+)

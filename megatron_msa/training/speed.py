@@ -12,7 +12,7 @@ from megatron_msa.training.flops import causal_pairs, sparse_pairs, step_flops
 
 
 class AttendedPairs:
-    """(query, key) pairs of a training step: closed form for whole sequences, counted for packed documents."""
+    """(query, key) pairs of a step: in closed form for whole sequences, counted for packed documents."""
 
     def __init__(self, config: MSATransformerConfig, seq_length: int) -> None:
         self._block = (config.msa_block_size, config.msa_num_selected_blocks)
@@ -20,7 +20,7 @@ class AttendedPairs:
         self._counted: Tensor | None = None  # [causal, sparse] on this rank since the last log line
 
     def add_documents(self, offsets: Tensor) -> None:
-        """Add a microbatch of packed documents; ``offsets`` int32 [documents + 1]. Does not wait for the device."""
+        """Add a microbatch of packed documents, offsets int32 [documents + 1]; does not wait for a GPU."""
         lengths = (offsets[1:] - offsets[:-1]).long()
         pairs = torch.stack([causal_pairs(lengths), sparse_pairs(lengths, *self._block)])
         self._counted = pairs if self._counted is None else self._counted + pairs
@@ -28,7 +28,7 @@ class AttendedPairs:
     def per_step(
         self, sequences: int, steps: int, group: Any, device: torch.device | int | str
     ) -> tuple[float, float]:
-        """Causal and sparse pairs of one step, over all data-parallel ranks. Collective if documents were packed."""
+        """Causal and sparse pairs of a step on all data-parallel ranks; collective for packed documents."""
         if self._counted is None:
             return self._per_sequence[0] * sequences, self._per_sequence[1] * sequences
         total = self._counted.to(device=device, dtype=torch.float64)

@@ -1,0 +1,142 @@
+"""Checks of parsed arguments whose failure Megatron would report late, obscurely, or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any
+
+from megatron_msa.errors import ConfigError
+from megatron_msa.phases import PhaseSchedule
+
+
+def transformer_engine_present() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
+    """Check what can be checked before Megatron completes and validates the arguments.
+
+    Raises:
+        ConfigError: names the flag, the value and what to use instead.
+    """
+    if not hasattr(args, "msa_schedule"):
+        raise ConfigError("--yaml-cfg is set, which replaces all flags; pass the settings as flags instead")
+    for flag, value, allowed in _unsupported(args):
+        raise ConfigError(f"{flag} is {value}; MSA models do not support it, use {allowed}")
+    if args.transformer_impl == "transformer_engine" and not transformer_engine_present():
+        raise ConfigError(
+            "--transformer-impl transformer_engine, but Transformer Engine is not installed; install the "
+            "extra (pip install 'megatron-msa[te]') or use --transformer-impl local"
+        )
+    if not has_gpu and args.distributed_backend != "gloo":
+        raise ConfigError(
+            f"--distributed-backend {args.distributed_backend} needs GPUs and this machine has none; leave "
+            "the flag out or use gloo"
+        )
+    if not has_gpu and args.msa_backend == "triton":
+        raise ConfigError("--msa-backend triton needs a GPU and this machine has none; leave it at auto")
+    if args.seq_length and args.msa_block_size > 0 and args.seq_length % args.msa_block_size:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} is not a multiple of --msa-block-size {args.msa_block_size}; "
+            "use a sequence length of whole blocks"
+        )
+    _check_batch_size(args)
+    if args.save and not args.save_interval:
+        raise ConfigError("--save is set without --save-interval; say every how many iterations to save")
+    if args.wandb_project:
+        _check_wandb(args)
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Check the phase schedule, the learning rate and the optimizer of a training run, validated by Megatron.
+
+    Raises:
+        ConfigError: names the flag, the value and what to use instead.
+    """
+    schedule = PhaseSchedule.parse(args.msa_schedule)
+    if args.skip_train:
+        return
+    if not args.train_iters and not args.train_samples:
+        raise ConfigError("neither --train-iters nor --train-samples is set; say how long to train")
+    if args.lr is None:
+        raise ConfigError("--lr is missing; there is no default learning rate")
+    samples = args.train_samples or args.train_iters * args.global_batch_size
+    iterations = args.train_iters or samples // args.global_batch_size
+    if args.train_samples and args.step_batch_size_schedule is not None:
+        iterations = 0  # growing batches: more iterations than that, how many only Megatron knows
+    schedule.check_length(train_iters=iterations, train_tokens=samples * args.seq_length)
+    _check_learning_rate_warmup(args)
+    if any(not (phase.trains_backbone and phase.trains_index_branch) for phase in schedule.phases):
+        _check_freezing(args)
+
+
+def _unsupported(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
+    """What would replace our model or its configuration, or be ignored by it."""
+    settings = [
+        ("--multi-latent-attention", args.multi_latent_attention, "grouped-query attention"),
+        ("--spec", args.spec, "the layer specs of this package"),
+        ("--heterogeneous-layers-config-path", args.heterogeneous_layers_config_path, "--msa-layer-freq"),
+        ("--hybrid-layer-pattern", args.hybrid_layer_pattern, "--num-layers"),
+        ("--hybrid-override-pattern", args.hybrid_override_pattern, "--num-layers"),
+        ("--experimental-attention-variant", args.experimental_attention_variant, "the --msa-* flags"),
+        ("--freeze-all-layers", args.freeze_all_layers, "--skip-train"),
+        ("--perform-rl-step", args.perform_rl_step, "pretraining"),
+    ]
+    return [(flag, value, allowed) for flag, value, allowed in settings if value]
+
+
+def _check_batch_size(args: argparse.Namespace) -> None:
+    model_ranks = (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    if not args.global_batch_size or not args.micro_batch_size or args.world_size % model_ranks:
+        return  # Megatron completes the first, and refuses the others
+    replicas = args.world_size // model_ranks
+    if args.global_batch_size % (args.micro_batch_size * replicas) and not args.decrease_batch_size_if_needed:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
+            f"{args.micro_batch_size} times {replicas} data-parallel ranks"
+        )
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "--wandb-project is set, but wandb is not installed; pip install 'megatron-msa[wandb]'"
+        )
+    if not args.wandb_save_dir and not args.save:
+        raise ConfigError(
+            "--wandb-project is set, but no folder for its files; add --wandb-save-dir or --save"
+        )
+
+
+def _check_learning_rate_warmup(args: argparse.Namespace) -> None:
+    unit = "iters" if args.train_iters else "samples"
+    decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    if warmup >= decay:
+        raise ConfigError(
+            f"the learning rate warms up for {warmup:g} {unit} (--lr-warmup-{unit} or --lr-warmup-fraction), "
+            f"but its schedule ends after {decay} (--lr-decay-{unit}, by default --train-{unit}); shorten "
+            "the warmup"
+        )
+
+
+def _check_freezing(args: argparse.Namespace) -> None:
+    """The phases dense and index_only freeze parameters through the optimizer (see `phase_control`)."""
+    for flag, value, allowed in (
+        ("--optimizer", args.optimizer, ("adam", "sgd")),
+        ("--optimizer-cpu-offload", args.optimizer_cpu_offload, (False,)),
+        ("--optimizer-cuda-graph", args.optimizer_cuda_graph, (False,)),
+        ("--use-megatron-fsdp", args.use_megatron_fsdp, (False,)),
+        ("--use-torch-fsdp2", args.use_torch_fsdp2, (False,)),
+    ):
+        if value not in allowed:
+            names = " or ".join(str(choice) for choice in allowed)
+            raise ConfigError(
+                f"{flag} is {value}, but --msa-schedule {args.msa_schedule} freezes parameters (dense, "
+                f"index_only), which works only with {names}; change it or leave those phases out"
+            )
