@@ -22,15 +22,11 @@ HAS_GPU = not no_gpu.install_if_no_gpu()  # before Megatron's training package i
 
 
 def main() -> None:
-    if "RANK" not in os.environ:  # started without torchrun or srun: one process, any free port
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-
     from megatron_msa.errors import ConfigError
     from megatron_msa.training import arguments, megatron_fixes
 
     megatron_fixes.apply()
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     try:
         args = arguments.parse_arguments(has_gpu=HAS_GPU)
         tokenizer = arguments.tokenizer_from_args(args)

@@ -9,6 +9,7 @@ metrics.jsonl, train.log and a checkpoint that `examples/tiny/pretrain.sh --load
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -74,6 +75,7 @@ def prepare_data(folder: Path) -> float:
     from megatron_msa.data.preprocess import write_dataset
     from megatron_msa.data.unigram import token_counts, unigram_cross_entropy
 
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it reports every step of reading an index
     tokenizer = write_byte_tokenizer(folder / "byte_tokenizer")
     config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tokenizer))
     documents = list(iter_documents(builtin_files()))
@@ -96,7 +98,13 @@ def train(output: Path, train_iters: int, warmup_iters: int) -> int:
         *("--tokenizer-model", str(output / "data/byte_tokenizer")),
         *("--train-data-path", str(output / "data/train"), "--valid-data-path", str(output / "data/valid")),
         *("--train-iters", str(train_iters), "--msa-schedule", f"warmup@0,sparse@{warmup_iters}"),
-        *("--eval-interval", str(max(1, train_iters // 15)), "--msa-quality-interval", "5"),
+        *(
+            "--eval-at-start",
+            "--eval-interval",
+            str(max(1, train_iters // 15)),
+            "--msa-quality-interval",
+            "5",
+        ),
         *("--log-interval", "1", "--log-line", "compact", "--metrics-file", str(output / "metrics.jsonl")),
         *("--save", str(output / "checkpoints"), "--save-interval", str(train_iters)),
     ]

@@ -95,7 +95,12 @@ def make_datasets_provider(args: Any, get_tokenizer: Callable[[], Any]) -> Calla
     def train_valid_test_datasets_provider(
         train_val_test_num_samples: Sequence[int | None], vp_stage: int | None = None
     ) -> list[Any]:
-        return build_datasets(args, get_tokenizer(), train_val_test_num_samples, vp_stage=vp_stage)
+        train, valid, test = train_val_test_num_samples
+        if valid is not None and getattr(args, "eval_at_start", False):
+            # Megatron counts the validations of the loop and the last one; without these samples the first
+            # one would take those of the last, and its iterator would run dry.
+            valid += args.eval_iters * args.eval_global_batch_size
+        return build_datasets(args, get_tokenizer(), (train, valid, test), vp_stage=vp_stage)
 
     # Megatron then calls it on every rank, as the builder needs, and not on tensor-parallel rank 0 alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -36,6 +36,11 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         help="Print the resolved configuration, the parameter count and the phase schedule, and exit.",
     )
     group.add_argument(
+        "--eval-at-start",
+        action="store_true",
+        help="Validate once before the first step of a fresh run, so that its curve has a start.",
+    )
+    group.add_argument(
         "--metrics-file",
         help="JSON lines, one per logged step, appended. Default: metrics.jsonl in --save, or in the "
         "current folder without --save.",

@@ -1,10 +1,11 @@
 """The places where this project enters Megatron's training loop (megatron-core 0.19.2).
 
-`pretrain()` offers no callback per step, so six functions of `megatron.training.training` are wrapped. Each
+`pretrain()` offers no callback per step, so seven functions of `megatron.training.training` are wrapped. Each
 wrapper calls Megatron's own function; nothing of it is replaced.
 
 - `get_megatron_optimizer_config`: adds the index branch's learning rate to the parameter groups;
 - `setup_model_and_optimizer`: hands out the model and the optimizer once they exist;
+- `train`: validates once before the first step of a fresh run, if asked;
 - `train_step`: announces a step before it runs;
 - `training_log`: called after every step, with what Megatron is about to print;
 - `evaluate_and_print_results` and `evaluate`: announce an evaluation and hand out its losses.
@@ -25,6 +26,7 @@ class TrainingHooks(Protocol):
 
     def optimizer_overrides(self) -> dict[Any, Any]: ...
     def on_setup(self, model: list[Any], optimizer: Any) -> None: ...
+    def evaluates_first(self) -> bool: ...
     def before_step(self, iteration: int) -> None: ...
     def log_step(self, megatron_log: Callable[[], Any], values: dict[str, Any]) -> Any: ...
     def before_evaluation(self, iteration: int, label: str) -> None: ...
@@ -35,6 +37,7 @@ def install(hooks: TrainingHooks) -> None:
     """Wrap Megatron's functions. Call once per process, before `pretrain()`."""
     _wrap("get_megatron_optimizer_config", lambda original: _optimizer_config(original, hooks))
     _wrap("setup_model_and_optimizer", lambda original: _setup(original, hooks))
+    _wrap("train", lambda original: _train(original, hooks))
     _wrap("train_step", lambda original: _train_step(original, hooks))
     _wrap("training_log", lambda original: _training_log(original, hooks))
     _wrap("evaluate_and_print_results", lambda original: _evaluate_and_print(original, hooks))
@@ -60,6 +63,29 @@ def _setup(original: Any, hooks: TrainingHooks) -> Any:
         model, optimizer, scheduler = original(*args, **kwargs)
         hooks.on_setup(model, optimizer)
         return model, optimizer, scheduler
+
+    return wrapper
+
+
+def _train(original: Any, hooks: TrainingHooks) -> Any:
+    signature = inspect.signature(original)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if hooks.evaluates_first():
+            values = signature.bind(*args, **kwargs).arguments
+            training.evaluate_and_print_results(
+                "iteration 0",
+                values["forward_step_func"],
+                values["valid_data_iterator"],
+                values["model"],
+                0,
+                values["process_non_loss_data_func"],
+                values["config"],
+                non_loss_data_func=values["non_loss_data_func"],
+                pg_collection=values.get("pg_collection"),
+                p2p_communicator=values.get("p2p_communicator"),
+            )
+        return original(*args, **kwargs)
 
     return wrapper
 

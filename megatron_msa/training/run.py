@@ -101,6 +101,9 @@ class TrainingRun:
                 print_rank_0(f"WARNING: {warning}")
         self._enter_phase(self.args.iteration)
 
+    def evaluates_first(self) -> bool:
+        return self.args.eval_at_start and self.args.do_valid and self.args.iteration == 0
+
     def before_step(self, iteration: int) -> None:
         self._enter_phase(iteration)
         interval = self.config.msa_quality_interval

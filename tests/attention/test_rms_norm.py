@@ -54,6 +54,13 @@ def test_bf16_is_computed_in_fp32_and_rounded_once(zero_centred: bool) -> None:
     torch.testing.assert_close(norm(x).double(), expected, rtol=2**-8 * 1.001, atol=0)
 
 
+def test_fp64_is_computed_in_fp64() -> None:
+    norm = RMSNorm(config=config(layernorm_zero_centered_gamma=True), hidden_size=64).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(50, 64, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), rms_norm(x, (64,), 1 + norm.weight, norm.eps), rtol=1e-14, atol=0)
+
+
 def test_gradients_are_those_of_torch() -> None:
     norm = RMSNorm(config=config(layernorm_zero_centered_gamma=True), hidden_size=16)
     torch.nn.init.normal_(norm.weight)

@@ -146,13 +146,13 @@ def test_a_bf16_model_trains_like_the_fp64_one(phase):
         found.append((losses.double().mean(), kl_of(model), gradients(model)))
     (loss, kl, _), (rounded_loss, rounded_kl, rounded_gradients) = found
     assert all(value.dtype == torch.bfloat16 for value in rounded_gradients.values())
-    # bf16 has 8 bits: a few roundings of 2^-9 in a row.
-    assert rounded_loss.item() == pytest.approx(loss.item(), rel=0.02)
+    # A rounding to bf16 changes a number by 2^-9 of it at most; averages over all tokens lose less than four.
+    assert rounded_loss.item() == pytest.approx(loss.item(), rel=2**-7)
     for sums, expected in zip(rounded_kl, kl, strict=True):
         assert (sums is None) == (expected is None) == (phase is Phase.DENSE)
         if sums is not None:
             assert sums.dtype == torch.float64
-            assert sums[0].item() == pytest.approx(expected[0].item(), rel=0.02)
+            assert sums[0].item() == pytest.approx(expected[0].item(), rel=2**-7)
 
 
 def test_a_model_starts_in_the_first_phase_of_its_schedule():

@@ -139,8 +139,8 @@ def backbone_gradients(model: GPTModel) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in gradients(model).items() if not is_index(name)}
 
 
-def kl_of(model: GPTModel) -> list[Tensor]:
-    """Per MSA layer: (sum over rows and groups, number of rows times groups). Clears them."""
+def kl_of(model: GPTModel) -> list[Tensor | None]:
+    """Per MSA layer: (sum over rows and groups, number of rows times groups), if measured. Clears them."""
     sums = [layer.metrics.sums.get("kl") for layer in msa_layers(model)]
     for layer in msa_layers(model):
         layer.metrics.reset()

@@ -66,14 +66,17 @@ def world_size(run: Run) -> int:
     return int(run.stdout.split("using world size: ")[1].split(",")[0])
 
 
-@pytest.mark.parametrize("per_token", [[], ["--calculate-per-token-loss"]], ids=["mean", "per-token"])
-@pytest.mark.parametrize("micro_batch_size", ["1", "2", "4"])
+PER_TOKEN = "--calculate-per-token-loss"
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "flags"),
+    [("2", []), ("4", []), ("1", [PER_TOKEN]), ("2", [PER_TOKEN]), ("4", [PER_TOKEN])],
+)
 def test_the_size_of_the_microbatches_changes_nothing(
-    continued: Continue, reference: Run, micro_batch_size: str, per_token: list[str]
+    continued: Continue, reference: Run, micro_batch_size: str, flags: list[str]
 ) -> None:
-    if (micro_batch_size, per_token) == ("1", []):
-        pytest.skip("that is the reference")
-    assert_same(continued("--micro-batch-size", micro_batch_size, *per_token), reference)
+    assert_same(continued("--micro-batch-size", micro_batch_size, *flags), reference)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,14 @@ def test_pipeline_stages_change_nothing_and_report_all_layers(continued: Continu
     run = continued(*stages, "--pipeline-model-parallel-size", "2", processes=2, model=four_layers)
     assert_same(run, continued(model=four_layers))
     assert set(run.steps[6]["kl_per_layer"]) == {"1", "2", "3", "4"}
+
+
+def test_layers_that_predict_further_tokens_follow_the_decoders_in_the_metrics(continued: Continue) -> None:
+    model = "--mtp-num-layers 1"
+    run = continued("--pipeline-model-parallel-size", "2", processes=2, model=model)
+    assert_same(run, continued(model=model))
+    for row in run.steps.values():
+        assert set(row["kl_per_layer"]) == {"1", "2", "3"}
 
 
 def test_the_dense_phase_works_with_overlapped_gradient_reduction(continued: Continue) -> None:

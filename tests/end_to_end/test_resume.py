@@ -21,9 +21,7 @@ def tensor_names(checkpoint: Path) -> set[str]:
         pytest.param("warmup@0,sparse@5", [], id="fp32"),
         pytest.param("warmup@0,sparse@5", BF16, id="bf16-distributed"),
         pytest.param("warmup@0,sparse@5", ["--msa-indexer-lr", "1e-2"], id="fp32-index-lr"),
-        pytest.param(
-            "warmup@0,sparse@5", [*BF16, "--msa-indexer-lr", "3e-3"], id="bf16-index-lr-equal-to-lr"
-        ),
+        pytest.param("warmup@0,sparse@5", ["--msa-indexer-lr", "3e-3"], id="fp32-index-lr-equal-to-lr"),
         pytest.param("warmup@0,sparse@2560tok", [*BF16, "--msa-indexer-lr", "1e-2"], id="bf16-tokens"),
         # Saved while the index branch (backbone) has not been trained yet; both have been frozen afterwards.
         pytest.param("dense@0,index_only@5,sparse@7", [], id="fp32-frozen-index-branch"),
@@ -58,6 +56,7 @@ def test_a_checkpoint_holds_the_index_branch_of_every_msa_layer(
     pretrain(tmp_path, *flags, "--save", "checkpoints", "--save-interval", "1")
 
     names = {name for name in tensor_names(tmp_path / "checkpoints/iter_0000001") if "index_branch" in name}
+    names = {name for name in names if name.endswith(".weight")}  # leaves out Megatron's "extra states"
     prefix = "decoder.layers.1.self_attention.index_branch."
     parts = ["linear_index_q", "linear_index_k", "index_q_layernorm", "index_k_norm"]
     parameters = {f"{prefix}{part}.weight" for part in parts}

@@ -6,11 +6,18 @@ from torch import Tensor
 
 from msa_kernels.block_select.reference import block_select_reference
 from msa_kernels.common import checks
-from msa_kernels.common.backend import Backend, Op
+from msa_kernels.common.backend import Backend, Implementation, Op
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import BlockSelection
 
-_OP = Op(name="block_select", reference=block_select_reference)
+
+def _load_triton() -> Implementation:
+    from msa_kernels.block_select.triton_run import IMPLEMENTATION
+
+    return IMPLEMENTATION
+
+
+_OP = Op(name="block_select", reference=block_select_reference, triton=_load_triton)
 
 
 def block_select(

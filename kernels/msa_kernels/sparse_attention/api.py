@@ -5,12 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from msa_kernels.common import checks
-from msa_kernels.common.backend import Backend, Op
+from msa_kernels.common.backend import Backend, Implementation, Op
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.sparse_attention.reference import sparse_attention_reference
 
-_OP = Op(name="sparse_attention", reference=sparse_attention_reference)
+
+def _load_triton() -> Implementation:
+    from msa_kernels.sparse_attention.triton_op import IMPLEMENTATION
+
+    return IMPLEMENTATION
+
+
+_OP = Op(name="sparse_attention", reference=sparse_attention_reference, triton=_load_triton)
 
 
 def sparse_attention(

@@ -1,0 +1,176 @@
+"""Backward kernels of the attention.
+
+Letters in shapes: Q queries of the chunk, K keys, Hq query heads, Hkv groups, G heads per group, d head dim,
+B block size, E entries (see triton_schedule.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msa_kernels.sparse_attention.triton_schedule import Schedule
+from msa_kernels.sparse_attention.triton_sums import sum_extra_items, sum_slots
+from msa_kernels.sparse_attention.triton_tiles import (
+    LOG2E,
+    add_key_gradient,
+    entries_of_rows,
+    load_gathered_rows,
+    load_key_tile,
+    mean_over_heads,
+)
+
+# Rows of a score tile (query positions times heads of the group) and how the compiler runs it.
+TILE = {"ROWS": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _delta_kernel(out, dout, delta, num_rows, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """delta fp32 [rows] = sum over d of out * dout, both [rows, d]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pointers = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    inside = row < num_rows
+    out_tile = tl.load(out + pointers, mask=inside[:, None], other=0.0).to(tl.float32)
+    dout_tile = tl.load(dout + pointers, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(out_tile * dout_tile, 1), mask=inside)
+
+
+@triton.jit
+def _differentiate(
+    q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk, sum_dv,
+    group, begin, end, scale, scale_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WITH_TEACHER: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Gradients from the entries begin .. end of one bucket; returns sum_dk and sum_dv with theirs added."""
+    keys = tl.arange(0, BLOCK)
+    dims = tl.arange(0, DIM)
+    for start in tl.range(begin, end, ROWS // GROUP):
+        entry, query, head, inside = entries_of_rows(
+            entries, start, end, group, GROUP, ENTRIES_PER_QUERY, ROWS
+        )
+        row = query * HEADS + head
+        q_tile = load_gathered_rows(q, row, inside, DIM)
+        dout_tile = load_gathered_rows(dout, row, inside, DIM)
+        lse_log2 = tl.load(lse + row, mask=inside, other=float("inf")) * 1.4426950408889634
+        row_delta = tl.load(delta + row, mask=inside, other=0.0)
+        # Keys by rows: P and dS then go from registers into the products that sum over the queries.
+        log_p = tl.dot(key_tile, tl.trans(q_tile)) * scale_log2 - lse_log2[None, :]  # [B, ROWS]
+        if CAUSAL:
+            last_key = tl.load(place_in_block + query, mask=inside, other=0)
+            log_p = tl.where(keys[:, None] <= last_key[None, :], log_p, float("-inf"))
+        p = tl.exp2(log_p)
+        sum_dv = tl.dot(p.to(dout_tile.dtype), dout_tile, sum_dv)
+        if WITH_TEACHER:
+            place = start + tl.arange(0, ROWS // GROUP)
+            pointers = teacher + place.to(tl.int64)[None, :] * BLOCK + keys[:, None]
+            tl.store(pointers, mean_over_heads(p, GROUP), mask=place[None, :] < end)
+        dp = tl.dot(value_tile, tl.trans(dout_tile))
+        ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
+        sum_dk = tl.dot(ds, q_tile, sum_dk)
+        dq = tl.dot(tl.trans(ds), key_tile) * scale
+        partial_row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
+        pointers = partial_dq + partial_row[:, None] * DIM + dims[None, :]
+        tl.store(pointers, dq.to(partial_dq.dtype.element_ty), mask=inside[:, None])
+    return sum_dk, sum_dv
+
+
+@triton.jit
+def _backward_kernel(
+    q, k, v, dout, lse, delta, items, entries, place_in_block, partial_dq, dk, partial_dk, dv, partial_dv,
+    teacher, scale, scale_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WITH_TEACHER: tl.constexpr,
+):  # fmt: skip
+    """One program per item.
+
+    With P = exp(s - lse) and dS = P (dO V^T - delta): partial_dq [E, G, d] = scale dS K, dk and dv, both fp32
+    [K, Hkv, d], get scale dS^T Q and P^T dO added (see ``add_key_gradient``); WITH_TEACHER also writes the
+    mean of P over the heads, fp32 [E, B].
+    """
+    item = items + tl.program_id(0) * 8
+    begin, own_begin, end = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    if begin >= end:
+        return
+    first_key, num_keys, group = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    extra = tl.load(item + 6)
+    GROUPS: tl.constexpr = HEADS // GROUP
+    key_tile = load_key_tile(k, first_key, num_keys, group, GROUPS, DIM, BLOCK)
+    value_tile = load_key_tile(v, first_key, num_keys, group, GROUPS, DIM, BLOCK)
+    sum_dk = tl.zeros([BLOCK, DIM], dtype=tl.float32)
+    sum_dv = tl.zeros([BLOCK, DIM], dtype=tl.float32)
+    sum_dk, sum_dv = _differentiate(
+        q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk,
+        sum_dv, group, begin, own_begin, scale, scale_log2,
+        HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, False,
+    )  # fmt: skip
+    sum_dk, sum_dv = _differentiate(
+        q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk,
+        sum_dv, group, own_begin, end, scale, scale_log2,
+        HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, True,
+    )  # fmt: skip
+    add_key_gradient(dk, partial_dk, sum_dk * scale, extra, first_key, num_keys, group, GROUPS, DIM, BLOCK)
+    add_key_gradient(dv, partial_dv, sum_dv, extra, first_key, num_keys, group, GROUPS, DIM, BLOCK)
+
+
+def row_products(out: Tensor, dout: Tensor) -> Tensor:
+    """delta, fp32 [Q, Hq]: sum over d of out * dout, both [Q, Hq, d]."""
+    queries, heads, dim = out.shape
+    delta = torch.empty(queries, heads, dtype=torch.float32, device=out.device)
+    rows = 64
+    grid = (triton.cdiv(queries * heads, rows),)
+    _delta_kernel[grid](out, dout, delta, queries * heads, DIM=dim, ROWS=rows, num_warps=4)
+    return delta
+
+
+def add_attention_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    schedule: Schedule,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    softmax_scale: float,
+    teacher: Tensor | None,
+) -> None:
+    """Gradients of one chunk of queries.
+
+    Args:
+        q: [Q, Hq, d], contiguous, as all tensors here.
+        k: [K, Hkv, d].
+        v: [K, Hkv, d].
+        out: [Q, Hq, d].
+        lse: fp32 [Q, Hq], natural log.
+        dout: [Q, Hq, d], upstream gradient.
+        schedule: of these queries.
+        dq: [Q, Hq, d], written.
+        dk: fp32 [K, Hkv, d], added to.
+        dv: fp32 [K, Hkv, d], added to.
+        softmax_scale: factor on the scores.
+        teacher: fp32 [E, B], written with the mean probabilities of the heads, by place; None if not wanted.
+    """
+    _, groups, slots = schedule.used.shape
+    heads, dim = q.shape[1:]
+    group = heads // groups
+    block_size = schedule.block_size
+    partial_dq = torch.empty(schedule.used.numel(), group, dim, dtype=q.dtype, device=q.device)
+    partial_dk, partial_dv = torch.empty(
+        2, schedule.max_extra_items, block_size, dim, dtype=torch.float32, device=q.device
+    )
+    delta = row_products(out, dout)
+    _backward_kernel[(schedule.max_items,)](
+        q, k, v, dout, lse, delta, schedule.items, schedule.entries, schedule.place_in_block, partial_dq,
+        dk, partial_dk, dv, partial_dv, lse if teacher is None else teacher, softmax_scale,
+        softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
+        BLOCK=block_size, WITH_TEACHER=teacher is not None, **TILE,
+    )  # fmt: skip
+    sum_slots(partial_dq, schedule, dq)
+    sum_extra_items(partial_dk, schedule, dk)
+    sum_extra_items(partial_dv, schedule, dv)

@@ -1,0 +1,411 @@
+"""The Triton kernels of block_select against the reference.
+
+On a GPU the tests run there. Without one, a single test runs all the others in a process of its own, through
+Triton's interpreter: Triton decides at import whether it compiles or interprets, so this cannot be switched
+inside a process that has imported it already.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_oracles import packed_layout
+from msa_kernels import DocumentLayout, block_select
+from msa_kernels.common.outputs import BlockSelection
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+
+needs_triton = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="run by the test of the interpreter")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+
+if INTERPRETED:
+    from triton_interpreter import repair_loop_bounds
+
+    repair_loop_bounds()
+
+
+@pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run in this process")
+def test_the_kernels_pass_the_tests_below_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout, result.stdout
+
+
+@pytest.fixture
+def _poisoned_buffers(monkeypatch):
+    """Fills what torch.empty returns, so that an element that a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else 123_456_789)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+pytestmark = pytest.mark.usefixtures("_poisoned_buffers")
+
+
+def integer_inputs(num_keys, groups, dim, dtype=torch.bfloat16, seed=0):
+    """Scores that are small integers: exact in any order of summation, with ties nearly everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    index_q = torch.randint(-1, 2, (num_keys, groups, dim), generator=generator)
+    index_k = torch.randint(-1, 2, (num_keys, dim), generator=generator)
+    index_k *= torch.rand(num_keys, dim, generator=generator) < 0.05
+    return index_q.to(DEVICE, dtype), index_k.to(DEVICE, dtype)
+
+
+def random_index(num_keys, groups, dim, dtype=torch.bfloat16, seed=0):
+    """Normal values; the factor, a power of two, brings the scores to the order of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    index_q = torch.randn(num_keys, groups, dim, generator=generator) / 8
+    index_k = torch.randn(num_keys, dim, generator=generator)
+    return index_q.to(DEVICE, dtype), index_k.to(DEVICE, dtype)
+
+
+def layout_of(lengths):
+    layout = packed_layout(lengths)
+    names = ("document_offsets", "query_document", "query_position")
+    return DocumentLayout(
+        **{name: getattr(layout, name).to(DEVICE) for name in names},
+        max_document_length=layout.max_document_length,
+    )
+
+
+def both(index_q, index_k, layout, block_size, count, **options) -> tuple[BlockSelection, BlockSelection]:
+    options |= {"block_size": block_size, "num_selected_blocks": count}
+    return (
+        block_select(index_q, index_k, layout, backend="triton", **options),
+        block_select(index_q, index_k, layout, backend="reference", **options),
+    )
+
+
+def assert_form(block_ids, layout, block_size, count):
+    """Distinct blocks before the local one, the local block last among the valid entries, -1 behind it."""
+    assert block_ids.dtype == torch.int32
+    local = (layout.query_position // block_size)[:, None, None]
+    num_others = local.clamp(max=count - 1)
+    slot = torch.arange(count, device=block_ids.device)
+    assert ((block_ids >= 0) & (block_ids < local))[(slot < num_others).expand_as(block_ids)].all()
+    assert (block_ids == local)[(slot == num_others).expand_as(block_ids)].all()
+    assert (block_ids == -1)[(slot > num_others).expand_as(block_ids)].all()
+    in_order = block_ids.sort(dim=-1).values
+    assert ((in_order[..., 1:] > in_order[..., :-1]) | (in_order[..., :-1] == -1)).all()
+
+
+def assert_same_blocks(found, expected):
+    assert torch.equal(found.block_ids.sort(dim=-1).values, expected.block_ids.sort(dim=-1).values)
+
+
+def chosen_tokens(block_ids, layout, num_keys, block_size):
+    """bool [Q, groups, K]: the visible tokens of the chosen blocks."""
+    num_blocks = max(1, layout.max_blocks(block_size))
+    taken = torch.zeros(*block_ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=block_ids.device)
+    taken.scatter_(2, torch.where(block_ids < 0, num_blocks, block_ids).long(), True)
+    key_block = (layout.key_position(num_keys) // block_size).long()
+    return taken[:, :, key_block] & layout.visible_keys(num_keys)[:, None]
+
+
+def lse_in(dtype, index_q, index_k, chosen):
+    """logsumexp over the chosen tokens, every step rounded to ``dtype``."""
+    scores = torch.einsum("qrd,kd->qrk", index_q.to(dtype), index_k.to(dtype)) * index_q.shape[2] ** -0.5
+    return scores.masked_fill(~chosen, -torch.inf).logsumexp(dim=-1).double()
+
+
+def assert_lse_is_right(selection, index_q, index_k, layout, block_size):
+    """At most twice the error of PyTorch in the inputs' dtype, and a few roundings of fp32 besides."""
+    assert selection.index_lse.dtype == torch.float32
+    chosen = chosen_tokens(selection.block_ids, layout, index_k.shape[0], block_size)
+    exact = lse_in(torch.float64, index_q, index_k, chosen)
+    error = (selection.index_lse.double() - exact).abs().amax()
+    same_dtype_error = (lse_in(index_q.dtype, index_q, index_k, chosen) - exact).abs().amax()
+    assert error <= max(2 * same_dtype_error, 1e-6)
+    assert error <= 1e-5
+
+
+def assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, block_size):
+    """Where a row's blocks differ, the scores of the blocks in question lie within 1e-5.
+
+    All products of 16-bit inputs are exact in fp32; their sums are not, and the two sides add in different
+    orders. With scores of the order of 1 the sums differ by a few 1e-7.
+    """
+    found_ids = found.block_ids.sort(dim=-1).values
+    expected_ids = expected.block_ids.sort(dim=-1).values
+    rows = (found_ids != expected_ids).any(dim=-1).nonzero().tolist()
+    assert len(rows) <= 0.001 * found_ids.shape[0] * found_ids.shape[1]
+    for query, group in rows:
+        document = int(layout.query_document[query])
+        start = int(layout.document_offsets[document])
+        in_question = set(found_ids[query, group].tolist()) ^ set(expected_ids[query, group].tolist())
+        scores = []
+        for block in in_question:
+            keys = index_k[start + block * block_size : start + (block + 1) * block_size].double()
+            scores.append(float((keys @ index_q[query, group].double()).max()))
+        assert max(scores) - min(scores) <= 1e-5
+
+
+CASES = [
+    # document lengths, groups, d_i, block size, blocks to select
+    ([1], 4, 128, 128, 16),
+    ([700], 4, 128, 128, 4),
+    ([700], 4, 64, 64, 16),
+    ([129, 1, 0, 257, 64], 4, 128, 64, 3),
+    ([0, 3, 0, 0, 200, 1], 3, 64, 64, 2),
+    ([63, 0, 130, 5], 1, 64, 128, 1),
+    ([65] + [1] * 20 + [191], 2, 64, 64, 64),
+    ([640], 1, 64, 64, 5),
+]
+cases = pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), CASES)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@cases
+def test_scores_with_ties_give_exactly_the_blocks_of_the_reference(
+    lengths, groups, dim, block_size, count, dtype
+):
+    index_q, index_k = integer_inputs(sum(lengths), groups, dim, dtype)
+    layout = layout_of(lengths)
+    found, expected = both(index_q, index_k, layout, block_size, count)
+    assert_form(found.block_ids, layout, block_size, count)
+    assert_same_blocks(found, expected)
+    assert_lse_is_right(found, index_q, index_k, layout, block_size)
+
+
+@needs_triton
+@cases
+def test_random_scores_give_the_blocks_of_the_reference(lengths, groups, dim, block_size, count):
+    index_q, index_k = random_index(sum(lengths), groups, dim)
+    layout = layout_of(lengths)
+    found, expected = both(index_q, index_k, layout, block_size, count)
+    assert_form(found.block_ids, layout, block_size, count)
+    assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, block_size)
+    assert_lse_is_right(found, index_q, index_k, layout, block_size)
+
+
+@needs_triton
+def test_any_subset_of_queries_in_any_order_gets_the_rows_of_the_full_call():
+    # Neighbouring rows of the subset come from different documents and lie far apart.
+    lengths = [129, 1, 0, 257, 64, 0]
+    layout = layout_of(lengths)
+    index_q, index_k = integer_inputs(sum(lengths), 3, 64)
+    full = block_select(index_q, index_k, layout, block_size=64, num_selected_blocks=3, backend="triton")
+    rows = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1))[:97].to(DEVICE)
+    part, expected = both(index_q[rows], index_k, layout.select_queries(rows), 64, 3)
+    assert torch.equal(part.block_ids, full.block_ids[rows])
+    assert torch.equal(part.index_lse, full.index_lse[rows])
+    assert_same_blocks(part, expected)
+
+
+@needs_triton
+def test_nan_scores_rank_last_and_reach_only_the_lse_of_rows_that_chose_them():
+    layout = layout_of([500, 77])
+    index_q, index_k = integer_inputs(577, 2, 64)
+    index_k[64:128] = math.nan  # block 1: every score is NaN
+    index_k[200] = math.nan  # block 3: one token
+    index_q[400] = math.nan
+    index_q[450, 1] = math.nan
+    for count in (1, 2, 4, 16):
+        found, expected = both(index_q, index_k, layout, 64, count)
+        assert_form(found.block_ids, layout, 64, count)
+        assert_same_blocks(found, expected)
+        torch.testing.assert_close(found.index_lse, expected.index_lse, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+@needs_triton
+def test_infinite_scores_are_ordinary_numbers():
+    layout = layout_of([300])
+    index_q, index_k = integer_inputs(300, 2, 64)
+    index_q, index_k = index_q.abs() + 1, index_k.abs()
+    index_k[70, 0] = math.inf
+    index_k[64 * 3 : 64 * 4, 0] = -math.inf
+    for count in (2, 3, 5):
+        found, expected = both(index_q, index_k, layout, 64, count)
+        assert_same_blocks(found, expected)
+        torch.testing.assert_close(found.index_lse, expected.index_lse, rtol=1e-6, atol=1e-6)
+
+
+@needs_triton
+def test_negative_and_positive_zero_tie():
+    from msa_kernels.block_select.triton_run import TOPK_SETTINGS
+    from msa_kernels.block_select.triton_topk import topk_kernel
+
+    block_max = torch.tensor([-0.0, 0.0, -1.0, 0.0], device=DEVICE)[:, None].repeat(1, 128)
+    block_ids = torch.zeros(1, 1, 3, dtype=torch.int32, device=DEVICE)
+    position = torch.tensor([4 * 64], dtype=torch.int32, device=DEVICE)
+    lse = torch.zeros(5, 128, device=DEVICE)
+    sizes = {"GROUPS": 1, "BLOCK": 64, "COUNT": 3, "SLOTS": 4}
+    written = (block_ids, torch.zeros(1, device=DEVICE))
+    topk_kernel[(1,)](block_max, lse, position, *written, 0, 1, 128, **sizes, **TOPK_SETTINGS)
+    assert sorted(block_ids.flatten().tolist()) == [0, 1, 4]
+
+
+@needs_triton
+def test_chunks_of_queries_and_segments_of_blocks_change_nothing(monkeypatch):
+    from msa_kernels.block_select import triton_run
+
+    lengths = [130, 0, 400]
+    layout = layout_of(lengths)
+    index_q, index_k = random_index(530, 3, 64)
+    options = {"block_size": 64, "num_selected_blocks": 3, "backend": "triton"}
+    whole = block_select(index_q, index_k, layout, **options)
+    monkeypatch.setattr(triton_run, "MAX_BUFFER_BYTES", 1)
+    monkeypatch.setattr(triton_run, "MIN_SEGMENT_BLOCKS", 1)
+    monkeypatch.setattr(triton_run, "MAX_SEGMENT_BLOCKS", 2)
+    cut = block_select(index_q, index_k, layout, **options)
+    assert torch.equal(cut.block_ids, whole.block_ids)
+    assert torch.equal(cut.index_lse, whole.index_lse)
+
+
+@needs_triton
+def test_a_loose_bound_of_the_document_length_and_the_layout_in_memory_change_nothing():
+    index_q, index_k = integer_inputs(200, 2, 64)
+    layout = layout_of([70, 130])
+    options = {"block_size": 64, "num_selected_blocks": 2, "backend": "triton"}
+    plain = block_select(index_q, index_k, layout, **options)
+    loose = DocumentLayout(
+        document_offsets=layout.document_offsets,
+        query_document=layout.query_document,
+        query_position=layout.query_position,
+        max_document_length=5000,
+    )
+    strided_q = torch.stack([index_q, index_q + 1], dim=-1)[..., 0]
+    misaligned_k = torch.cat([index_k.new_zeros(1), index_k.flatten()])[1:].view(200, 1, 64)
+    other = block_select(strided_q, misaligned_k, loose, **options)
+    assert torch.equal(plain.block_ids, other.block_ids)
+    assert torch.equal(plain.index_lse, other.index_lse)
+
+
+@needs_triton
+def test_the_scale_changes_the_lse_and_not_the_selection():
+    index_q, index_k = random_index(300, 2, 64)
+    layout = layout_of([300])
+    plain, _ = both(index_q, index_k, layout, 64, 3)
+    scaled, expected = both(index_q, index_k, layout, 64, 3, softmax_scale=3.0)
+    assert torch.equal(plain.block_ids, scaled.block_ids)
+    torch.testing.assert_close(scaled.index_lse, expected.index_lse, rtol=2e-6, atol=2e-6)
+
+
+@needs_triton
+def test_no_queries_select_nothing_and_no_gradient_flows():
+    index_q, index_k = random_index(5, 2, 64)
+    layout = layout_of([5])
+    options = {"block_size": 64, "num_selected_blocks": 3, "backend": "triton"}
+    block_ids, index_lse = block_select(index_q[:0], index_k, layout.select_queries(slice(0, 0)), **options)
+    assert block_ids.shape == (0, 2, 3)
+    assert index_lse.shape == (0, 2)
+    selection = block_select(index_q.requires_grad_(), index_k.requires_grad_(), layout, **options)
+    assert not selection.index_lse.requires_grad
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"dtype": torch.float32},
+            "index_q has dtype torch.float32; it takes torch.bfloat16",
+        ),
+        ({"dim": 32}, "the index head dim is 32; it takes 64 and 128"),
+        ({"block_size": 32}, "block_size is 32; it takes 64 and 128"),
+        ({"count": 65}, "num_selected_blocks is 65; it takes at most 64"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_the_reference(changes, reason):
+    wanted = {"dtype": torch.bfloat16, "dim": 64, "block_size": 64, "count": 2} | changes
+    index_q, index_k = random_index(70, 1, wanted["dim"], wanted["dtype"])
+    options = {"block_size": wanted["block_size"], "num_selected_blocks": wanted["count"]}
+    with pytest.raises(RuntimeError, match=f"block_select cannot run with backend='triton': {reason}"):
+        block_select(index_q, index_k, layout_of([70]), backend="triton", **options)
+    auto = block_select(index_q, index_k, layout_of([70]), **options)
+    reference = block_select(index_q, index_k, layout_of([70]), backend="reference", **options)
+    assert torch.equal(auto.block_ids, reference.block_ids)
+
+
+@needs_triton
+def test_auto_takes_the_kernels_where_they_can_run(monkeypatch):
+    from msa_kernels.block_select import triton_run
+
+    ran = []
+    kernel = triton_run.topk_kernel
+    monkeypatch.setattr(
+        triton_run, "topk_kernel", {(1,): lambda *args, **options: ran.append(kernel[(1,)](*args, **options))}
+    )
+    index_q, index_k = random_index(5, 1, 64)
+    block_select(index_q, index_k, layout_of([5]), block_size=64, num_selected_blocks=2)
+    assert len(ran) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "groups", "dim", "block_size", "count"),
+    [
+        ([9000], 4, 128, 128, 16),
+        ([9000], 4, 128, 64, 64),
+        ([9000], 8, 64, 128, 7),
+        ([3000, 1, 0, 4097, 31, 2222, 0], 4, 128, 128, 16),
+        ([1] * 300 + [37] * 40 + [5000], 3, 64, 64, 16),
+    ],
+)
+def test_larger_sizes_on_a_gpu(lengths, groups, dim, block_size, count, dtype):
+    layout = layout_of(lengths)
+    index_q, index_k = integer_inputs(sum(lengths), groups, dim, dtype)
+    found, expected = both(index_q, index_k, layout, block_size, count)
+    assert_form(found.block_ids, layout, block_size, count)
+    assert_same_blocks(found, expected)
+
+    index_q, index_k = random_index(sum(lengths), groups, dim, dtype)
+    found, expected = both(index_q, index_k, layout, block_size, count)
+    assert_form(found.block_ids, layout, block_size, count)
+    assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, block_size)
+    rows = torch.randperm(sum(lengths), device=DEVICE)[:2000]
+    part = block_select(
+        index_q[rows],
+        index_k,
+        layout.select_queries(rows),
+        block_size=block_size,
+        num_selected_blocks=count,
+        backend="triton",
+    )
+    assert torch.equal(part.block_ids.sort(-1).values, found.block_ids[rows].sort(-1).values)
+    assert torch.equal(part.index_lse, found.index_lse[rows])
+    assert_lse_is_right(part, index_q[rows], index_k, layout.select_queries(rows), block_size)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_neither_a_synchronisation_nor_a_new_compilation_for_other_lengths_and_documents():
+    from msa_kernels.block_select.triton_scores import block_scores_kernel
+    from msa_kernels.block_select.triton_topk import topk_kernel
+
+    def compiled():
+        device = torch.cuda.current_device()
+        return [len(kernel.device_caches[device][0]) for kernel in (block_scores_kernel, topk_kernel)]
+
+    def select(lengths, queries):
+        index_q, index_k = random_index(sum(lengths), 2, 64)
+        layout = layout_of(lengths).select_queries(queries)
+        index_q = index_q[queries]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            block_select(index_q, index_k, layout, block_size=64, num_selected_blocks=3, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    select([1024], slice(None))
+    before = compiled()
+    select([1], slice(None))
+    select([1000, 1, 0, 3], slice(1, None))
+    select([5001, 77], torch.arange(5000, 3, -7, device=DEVICE))
+    assert compiled() == before

@@ -1,0 +1,425 @@
+"""The Triton kernels of sparse_attention against the reference.
+
+On a GPU the tests run there. Without one, a single test runs all the others in a process of its own, through
+Triton's interpreter: Triton decides at import whether it compiles or interprets, so this cannot be switched
+inside a process that has imported it already. The interpreter multiplies bf16 matrices wrongly; it gets fp16.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_oracles import Inputs, packed_layout, random_inputs
+from msa_kernels import DocumentLayout, sparse_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+NAMES = ("out", "lse", "kl", "dq", "dk", "dv", "dindex_q", "dindex_k")
+
+needs_triton = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="run by the test of the interpreter")
+
+if INTERPRETED:
+    from triton_interpreter import repair_loop_bounds
+
+    repair_loop_bounds()
+
+
+@pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run in this process")
+def test_the_kernels_pass_the_tests_below_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout, result.stdout
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers(monkeypatch):
+    """Fills what torch.empty returns, so that an element that a kernel leaves unwritten shows."""
+
+    def poisoning(make):
+        def make_poisoned(*args, **options):
+            tensor = make(*args, **options)
+            tensor.detach().fill_(math.nan if tensor.is_floating_point() else 99)
+            return tensor
+
+        return make_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+
+
+def make_inputs(layout, num_keys, *, groups, group, dim, index_dim, dtype, seed=0):
+    """Random inputs; the queries are those of the layout, not necessarily one per key."""
+    inputs = random_inputs(
+        max(num_keys, layout.num_queries), heads=groups * group, groups=groups, dim=dim, value_dim=dim,
+        index_dim=index_dim, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    queries, keys = layout.num_queries, num_keys
+    counts = (queries, keys, keys, queries, keys)
+    return Inputs(*(tensor[:count].to(DEVICE) for tensor, count in zip(inputs, counts, strict=True)))
+
+
+def on_device(layout):
+    return DocumentLayout(
+        document_offsets=layout.document_offsets.to(DEVICE),
+        query_document=layout.query_document.to(DEVICE),
+        query_position=layout.query_position.to(DEVICE),
+        max_document_length=layout.max_document_length,
+    )
+
+
+def random_block_ids(layout, groups, block_size, slots, *, seed=0, favourite=None):
+    """Distinct visible blocks in any order, the local one among them, -1 anywhere, and some rows of -1 only.
+
+    With ``favourite``, every query that can see that block has it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    local = (layout.query_position // block_size).tolist()
+    rows = []
+    for block in local:
+        for _ in range(groups):
+            chosen = torch.randperm(block, generator=generator).tolist()[: slots - 1]
+            if favourite is not None and favourite < block and favourite not in chosen:
+                chosen[:1] = [favourite]
+            entries = [block, *chosen] + [-1] * slots
+            entries = entries[:slots]
+            if torch.rand((), generator=generator) < 0.05:
+                entries = [-1] * slots
+            rows.append([entries[i] for i in torch.randperm(slots, generator=generator).tolist()])
+    return torch.tensor(rows, dtype=torch.int32).view(len(local), groups, slots).to(DEVICE)
+
+
+def straightforward(inputs, block_ids, layout, block_size, kl_teacher, dtype):
+    """out, lse and kl from one masked matrix of scores, every step in ``dtype``."""
+    q, k, v, index_q, index_k = inputs
+    groups = k.shape[1]
+    key_document = torch.searchsorted(
+        layout.document_offsets[1:], torch.arange(k.shape[0], device=DEVICE), right=True
+    )
+    key_position = torch.arange(k.shape[0], device=DEVICE) - layout.document_offsets[key_document]
+    sees = (layout.query_document[:, None] == key_document) & (key_position <= layout.query_position[:, None])
+    chosen = (block_ids[..., None] == key_position // block_size).any(2)  # [Q, groups, K]
+    visible = (chosen & sees[:, None]).transpose(0, 1)  # [groups, Q, K]
+    some = visible.any(-1, keepdim=True)
+    hidden = ~visible
+    scores = torch.einsum("qrgd,krd->rgqk", q.unflatten(1, (groups, -1)), k) / math.sqrt(q.shape[2])
+    scores = scores.masked_fill(hidden[:, None], torch.finfo(dtype).min)
+    p = scores.softmax(-1)
+    out = torch.einsum("rgqk,krd->qrgd", p, v).flatten(1, 2)
+    out = out.masked_fill(~some.transpose(0, 1).repeat_interleave(q.shape[1] // groups, 1), 0)
+    lse = scores.logsumexp(-1).masked_fill(~some[:, None, :, 0], -math.inf).permute(2, 0, 1).flatten(1)
+    if index_q is None:
+        return out, lse, None
+    z = torch.einsum("qrd,kd->rqk", index_q, index_k) / math.sqrt(index_q.shape[2])
+    log_student = z.masked_fill(hidden, torch.finfo(dtype).min).log_softmax(-1)
+    teacher = p.detach()
+    if kl_teacher == "group_mean":
+        teacher = teacher.mean(1, keepdim=True)
+    kl = (torch.xlogy(teacher, teacher) - teacher * log_student[:, None]).sum(-1).mean(1)
+    return out, lse.detach(), kl.masked_fill(~some[..., 0], 0).t()
+
+
+def outputs_and_gradients(attend, inputs, weights, kl_weights):
+    """out, lse, kl and the five gradients; those of the index branch for upstream gradients of order one."""
+    leaves = Inputs(*(tensor.detach().clone().requires_grad_() for tensor in inputs))
+    out, lse, kl = attend(leaves)
+    gradients = torch.autograd.grad([out, kl], leaves, [weights.to(out.dtype), kl_weights.to(kl.dtype)])
+    return [tensor.detach().double() for tensor in (out, lse, kl, *gradients)]
+
+
+def assert_error_at_most_twice(found, plain, exact, unit):
+    """Per row (outputs, gradients of queries) or block of rows (gradients of keys).
+
+    The same-dtype code's error in a single row may happen to be small: its typical error, absolute or
+    relative to the row, is allowed as well.
+    """
+    for name, ours, same_dtype, right in zip(NAMES, found, plain, exact, strict=True):
+        rows = unit if name in ("dk", "dv", "dindex_k") else 1
+
+        def size(tensor, rows=rows):
+            per_row = tensor.flatten(1).square().sum(1)
+            return torch.stack([part.sum().sqrt() for part in per_row.split(rows)])
+
+        def error(tensor, right=right):
+            return size(torch.where(right == tensor, 0.0, tensor - right))  # equal infinities differ by 0
+
+        assert not ours.isnan().any(), name
+        typical, length = error(same_dtype), size(right.nan_to_num(neginf=0.0))
+        relative = (typical / length.clamp(min=1e-30))[length > 0].median()
+        allowed = 2 * torch.stack([typical, typical.median().expand_as(typical), relative * length]).amax(0)
+        bad = (error(ours) > allowed).nonzero().flatten().tolist()
+        assert not bad, (name, bad[:8], error(ours)[bad[:8]], allowed[bad[:8]])
+
+
+def check(layout, num_keys, *, groups, group, dim, index_dim, block_size, slots, kl_teacher, dtype, **ids):
+    layout = on_device(layout)
+    inputs = make_inputs(
+        layout, num_keys, groups=groups, group=group, dim=dim, index_dim=index_dim, dtype=dtype
+    )
+    block_ids = random_block_ids(layout, groups, block_size, slots, **ids)
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(inputs.q.shape, generator=generator).to(DEVICE, dtype)
+    kl_weights = torch.randn(inputs.q.shape[0], groups, generator=generator).to(DEVICE)
+
+    def plain(leaves, cast):
+        leaves = Inputs(*(tensor.to(cast) for tensor in leaves))
+        return straightforward(leaves, block_ids, layout, block_size, kl_teacher, cast)
+
+    def triton(leaves):
+        return sparse_attention(
+            *leaves[:3], block_ids, layout, block_size=block_size, index_q=leaves.index_q,
+            index_k=leaves.index_k, kl_teacher=kl_teacher, backend="triton",
+        )  # fmt: skip
+
+    exact_inputs = Inputs(*(tensor.double() for tensor in inputs))
+    exact = outputs_and_gradients(lambda x: plain(x, torch.float64), exact_inputs, weights, kl_weights)
+    same_dtype = outputs_and_gradients(lambda x: plain(x, dtype), inputs, weights, kl_weights)
+    found = outputs_and_gradients(triton, inputs, weights, kl_weights)
+    assert_error_at_most_twice(found, same_dtype, exact, block_size)
+
+
+SHAPES = [
+    # lengths, groups, heads per group, dim, index dim, block size, slots, KL
+    ([100, 1, 0, 75], 2, 4, 64, 64, 64, 2, "group_mean"),
+    ([100, 1, 0, 75], 2, 4, 64, 64, 64, 2, "per_head"),
+    ([1, 0, 200], 1, 16, 128, 64, 64, 3, "group_mean"),
+    ([270], 1, 1, 64, 128, 128, 2, "per_head"),
+    ([0, 130, 1], 1, 2, 64, 64, 128, 4, "group_mean"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_are_as_exact_as_pytorch_in_the_same_dtype(shape, dtype):
+    lengths, groups, group, dim, index_dim, block_size, slots, kl_teacher = shape
+    check(
+        packed_layout(lengths), sum(lengths), groups=groups, group=group, dim=dim, index_dim=index_dim,
+        block_size=block_size, slots=slots, kl_teacher=kl_teacher, dtype=dtype,
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_may_be_any_subset_of_the_keys_places_in_any_order(dtype):
+    layout = packed_layout([70, 0, 110])
+    chosen = torch.randperm(180, generator=torch.Generator().manual_seed(1))[:60]
+    check(
+        layout.select_queries(chosen), 180, groups=2, group=4, dim=64, index_dim=64, block_size=64, slots=2,
+        kl_teacher="group_mean", dtype=dtype,
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_many_queries_and_several_chunks_of_queries(dtype, monkeypatch):
+    from msa_kernels.sparse_attention import triton_op
+
+    monkeypatch.setattr(triton_op, "ROWS_PER_ITEM", 128)
+    monkeypatch.setattr(triton_op, "MAX_PARTIAL_BYTES", 1)
+    check(
+        packed_layout([150, 10]), 160, groups=1, group=4, dim=64, index_dim=64, block_size=64, slots=3,
+        kl_teacher="group_mean", dtype=dtype, favourite=0,
+    )  # fmt: skip
+
+
+def small_call():
+    layout = on_device(packed_layout([80, 10]))
+    inputs = make_inputs(layout, 90, groups=1, group=2, dim=64, index_dim=64, dtype=torch.float16)
+    block_ids = random_block_ids(layout, 1, 64, 2)
+    return layout, inputs, block_ids
+
+
+@needs_triton
+def test_without_the_index_branch_there_is_no_kl_and_the_rest_is_the_same():
+    layout, inputs, block_ids = small_call()
+    both = []
+    for index in ({}, {"index_q": inputs.index_q, "index_k": inputs.index_k}):
+        leaves = inputs.clones()
+        found = sparse_attention(*leaves[:3], block_ids, layout, block_size=64, backend="triton", **index)
+        gradients = torch.autograd.grad(found.out.sum(), leaves[:3])
+        both.append((found.out, found.lse, *gradients))
+        assert (found.kl is None) == (not index)
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (4,), (0, 4)], ids=str)
+def test_only_the_inputs_that_want_a_gradient_get_one_and_it_is_the_same(wanted):
+    layout, inputs, block_ids = small_call()
+
+    def gradients(chosen):
+        leaves = inputs.clones(requires_grad=False)
+        for place in chosen:
+            leaves[place].requires_grad_()
+        found = sparse_attention(
+            *leaves[:3], block_ids, layout, block_size=64, index_q=leaves.index_q, index_k=leaves.index_k,
+            backend="triton",
+        )  # fmt: skip
+        (found.out.float().sum() + found.kl.sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    every, some = gradients(range(5)), gradients(wanted)
+    for place in range(5):
+        if place in wanted:
+            torch.testing.assert_close(some[place], every[place])
+        else:
+            assert some[place] is None
+
+
+@needs_triton
+def test_out_reaches_no_index_input_and_kl_reaches_nothing_else():
+    layout, inputs, block_ids = small_call()
+    leaves = inputs.clones()
+    found = sparse_attention(
+        *leaves[:3], block_ids, layout, block_size=64, index_q=leaves.index_q, index_k=leaves.index_k,
+        backend="triton",
+    )  # fmt: skip
+    assert not found.lse.requires_grad
+    of_out = torch.autograd.grad(found.out.sum(), leaves, retain_graph=True, allow_unused=True)
+    of_kl = torch.autograd.grad(found.kl.sum(), leaves, allow_unused=True)
+    assert [gradient is None for gradient in of_out] == [False] * 3 + [True] * 2
+    assert [gradient is None for gradient in of_kl] == [True] * 3 + [False] * 2
+
+
+@needs_triton
+def test_two_runs_agree_in_every_bit():
+    layout, inputs, block_ids = small_call()
+    runs = []
+    for _ in range(2):
+        leaves = inputs.clones()
+        found = sparse_attention(
+            *leaves[:3], block_ids, layout, block_size=64, index_q=leaves.index_q, index_k=leaves.index_k,
+            backend="triton",
+        )  # fmt: skip
+        runs.append((*found, *torch.autograd.grad(found.out.float().sum() + found.kl.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@needs_triton
+def test_a_call_under_activation_recomputation_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    layout, inputs, block_ids = small_call()
+
+    def loss(*leaves):
+        found = sparse_attention(
+            *leaves[:3], block_ids, layout, block_size=64, index_q=leaves[3], index_k=leaves[4],
+            backend="triton",
+        )  # fmt: skip
+        return found.out.float().sum() + found.kl.sum()
+
+    first, second = inputs.clones(), inputs.clones()
+    expected = torch.autograd.grad(loss(*first), first)
+    found = torch.autograd.grad(checkpoint(loss, *second, use_reentrant=False), second)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_triton
+def test_no_queries_attend_to_nothing():
+    layout, inputs, block_ids = small_call()
+    leaves = Inputs(*(t[:0] if n in ("q", "index_q") else t for n, t in inputs._asdict().items())).clones()
+    found = sparse_attention(
+        *leaves[:3], block_ids[:0], layout.select_queries(slice(0, 0)), block_size=64,
+        index_q=leaves.index_q, index_k=leaves.index_k, backend="triton",
+    )  # fmt: skip
+    assert found.out.shape == (0, 2, 64)
+    assert found.kl.shape == (0, 1)
+    gradients = torch.autograd.grad(found.out.sum() + found.kl.sum(), leaves)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "the dtype is torch.float32"),
+        ({"dim": 32}, "the head dim is 32"),
+        ({"value_dim": 128}, "the head dim of v is 128"),
+        ({"index_dim": 32}, "the index head dim is 32"),
+        ({"block_size": 32}, "the block size is 32"),
+        ({"heads": 3}, "there are 3 query heads per group"),
+        ({"slots": 65}, "there are 65 blocks per query"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_run_is_refused_with_the_reason(change, reason):
+    size = {"heads": 4, "groups": 1, "dim": 64, "value_dim": 64, "index_dim": 64, "dtype": torch.float16}
+    inputs = random_inputs(5, **(size | {key: change[key] for key in change.keys() & size.keys()}))
+    inputs = Inputs(*(tensor.to(DEVICE) for tensor in inputs))
+    block_ids = torch.full((5, 1, change.get("slots", 2)), -1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"cannot run with backend='triton': {reason}"):
+        sparse_attention(
+            *inputs[:3], block_ids, on_device(packed_layout([5])), block_size=change.get("block_size", 64),
+            index_q=inputs.index_q, index_k=inputs.index_k, backend="triton",
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl_teacher", ["group_mean", "per_head"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ([700, 1, 0, 1300], 2, 16, 128, 128, 128, 4),
+        ([1111], 4, 16, 128, 128, 128, 8),
+        ([1000, 500], 2, 8, 64, 128, 128, 4),
+        ([900], 4, 1, 128, 64, 64, 5),
+    ],
+    ids=str,
+)
+def test_larger_sizes_on_a_gpu(shape, kl_teacher, dtype):
+    lengths, groups, group, dim, index_dim, block_size, slots = shape
+    check(
+        packed_layout(lengths), sum(lengths), groups=groups, group=group, dim=dim, index_dim=index_dim,
+        block_size=block_size, slots=slots, kl_teacher=kl_teacher, dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anything():
+    from msa_kernels.sparse_attention import (
+        triton_backward,
+        triton_forward,
+        triton_kl,
+        triton_schedule,
+        triton_sums,
+    )
+
+    modules = (triton_backward, triton_forward, triton_kl, triton_schedule, triton_sums)
+    kernels = {
+        value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")
+    }
+
+    def run(length, seed):
+        layout = on_device(packed_layout([length, 77]))
+        inputs = make_inputs(layout, length + 77, groups=2, group=4, dim=64, index_dim=64, dtype=DTYPES[0])
+        block_ids = random_block_ids(layout, 2, 64, 4, seed=seed)
+        leaves = inputs.clones()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = sparse_attention(
+                *leaves[:3],
+                block_ids,
+                layout,
+                block_size=64,
+                index_q=leaves.index_q,
+                index_k=leaves.index_k,
+                backend="triton",
+            )
+            torch.autograd.grad(found.out.float().sum() + found.kl.sum(), leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return {kernel: [len(cache[0]) for cache in kernel.device_caches.values()] for kernel in kernels}
+
+    assert run(500, seed=0) == run(777, seed=1)
