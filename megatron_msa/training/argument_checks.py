@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_msa.errors import ConfigError
 from megatron_msa.phases import PhaseSchedule
+from megatron_msa.training.phase_control import freezes
 
 
 def transformer_engine_present() -> bool:
@@ -20,8 +21,6 @@ def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
     Raises:
         ConfigError: names the flag, the value and what to use instead.
     """
-    if not hasattr(args, "msa_schedule"):
-        raise ConfigError("--yaml-cfg is set, which replaces all flags; pass the settings as flags instead")
     for flag, value, allowed in _unsupported(args):
         raise ConfigError(f"{flag} is {value}; MSA models do not support it, use {allowed}")
     if args.transformer_impl == "transformer_engine" and not transformer_engine_present():
@@ -67,7 +66,7 @@ def check_training(args: argparse.Namespace) -> None:
         iterations = 0  # growing batches: more iterations than that, how many only Megatron knows
     schedule.check_length(train_iters=iterations, train_tokens=samples * args.seq_length)
     _check_learning_rate_warmup(args)
-    if any(not (phase.trains_backbone and phase.trains_index_branch) for phase in schedule.phases):
+    if any(freezes(phase) for phase in schedule.phases):
         _check_freezing(args)
 
 

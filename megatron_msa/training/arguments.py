@@ -70,6 +70,8 @@ def parse_arguments(*, has_gpu: bool) -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
+    if any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv[1:]):
+        raise ConfigError("--yaml-cfg is set, which replaces all flags; pass the settings as flags instead")
     with _megatron_refusals():
         args = parse_args(lambda parser: add_msa_arguments(parser, has_gpu=has_gpu))
         # In a dry run Megatron's list of all arguments goes to stderr: stdout is for the report.

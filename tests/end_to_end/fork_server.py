@@ -6,6 +6,7 @@ A forked process starts with the modules imported and nothing else: no arguments
 It is otherwise a process of its own, with its own environment, output files and exit status.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -38,6 +39,7 @@ MODULES = (
 
 def _run(request: dict[str, Any]) -> int:
     """The forked process; returns its exit status."""
+    os.setpgid(0, 0)  # so that what it leaves behind can be ended with it
     for stream, path in ((1, request["stdout"]), (2, request["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -84,6 +86,9 @@ def main() -> None:
         request = json.loads(line)
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
+            # Saving a checkpoint starts a process for a queue, which outlives a process that ends abruptly.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(request["wait"], signal.SIGKILL)
             reply = os.waitstatus_to_exitcode(status)
         else:
             reply = os.fork()

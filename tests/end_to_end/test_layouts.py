@@ -79,6 +79,13 @@ def test_the_size_of_the_microbatches_changes_nothing(
     assert_same(continued("--micro-batch-size", micro_batch_size, *flags), reference)
 
 
+def test_microbatches_with_unequal_numbers_of_tokens_agree_when_the_mean_is_over_all_tokens(
+    continued: Continue,
+) -> None:
+    flags = ["--eod-mask-loss", PER_TOKEN]
+    assert_same(continued("--micro-batch-size", "4", *flags), continued(*flags))
+
+
 @pytest.mark.parametrize(
     "flags",
     [

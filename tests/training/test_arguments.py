@@ -95,6 +95,7 @@ def assert_refused(resolve: Resolve, message: str, *flags: str, **settings: Any)
         ("--spec some.module spec", r"--spec is \['some.module', 'spec'\]; MSA models do not support it"),
         ("--hybrid-layer-pattern M*", r"--hybrid-layer-pattern is M\*; MSA models do not support it"),
         ("--distributed-backend nccl", "--distributed-backend nccl needs GPUs and this machine has none"),
+        ("--yaml-cfg settings.yaml", "--yaml-cfg is set, which replaces all flags"),
         ("--save here", "--save is set without --save-interval"),
         ("--wandb-project p", "--wandb-project is set, but no folder for its files"),
         (

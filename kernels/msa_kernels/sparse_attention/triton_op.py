@@ -124,9 +124,9 @@ class _SparseAttention(torch.autograd.Function):
         kl = index_lse = None
         if index_q is not None and index_k is not None:
             index_q, index_k = index_q.contiguous(), index_k.contiguous()
-            kl, index_lse = torch.empty(
-                2, q.shape[0], k.shape[1], dtype=torch.float32, device=q.device
-            ).unbind()
+            # Two buffers, not halves of one: the second half's alignment would depend on the number of
+            # queries, and kernels are compiled for the alignment of their pointers.
+            kl, index_lse = (lse.new_empty(q.shape[0], k.shape[1]) for _ in range(2))
         # A schedule is small (5 bytes an entry): kept for the backward pass, where it is the same.
         chunks = []
         for rows, schedule in _chunks(q, k, block_ids, layout, settings):
