@@ -185,7 +185,7 @@ class Pretraining:
         return run
 
 
-def wait_for(condition: Any, what: str, seconds: float = 60.0) -> None:
+def wait_for(condition: Any, what: str, seconds: float = 120.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -20,7 +20,7 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
