@@ -15,6 +15,8 @@ _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     # Without Transformer Engine its version reads 0.0.0.
     (UserWarning, r"Only transformer-engine>=\S+ supports MoE experts, but your version is 0\.0\.0"),
     (UserWarning, r"MimoModelConfig is experimental"),
+    # Said by tools that run as a single process without a launcher.
+    (UserWarning, r"Could not determine rank from torch\.distributed, RANK, or SLURM_PROCID"),
 )
 # Compiled anew in every process where Python may not write its cache.
 _FILE_WITH_BAD_ESCAPE = r".*megatron/core/inference/contexts/kv_block_allocator"
