@@ -11,8 +11,12 @@ from megatron_msa.phases import PhaseSchedule
 from megatron_msa.training.phase_control import freezes
 
 
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def transformer_engine_present() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+    return is_installed("transformer_engine")
 
 
 def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
@@ -100,7 +104,7 @@ def _check_batch_size(args: argparse.Namespace) -> None:
 
 
 def _check_wandb(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("wandb") is None:
+    if not is_installed("wandb"):
         raise ConfigError(
             "--wandb-project is set, but wandb is not installed; pip install 'megatron-msa[wandb]'"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         help="Console line of a logged step: Megatron's own with the MSA values added, or one short line.",
     )
     # NVIDIA's internal tracker: Megatron asks for it by default, and warns where it is not installed.
-    parser.set_defaults(enable_one_logger=_is_installed("one_logger"))
+    parser.set_defaults(enable_one_logger=argument_checks.is_installed("one_logger"))
     if not argument_checks.transformer_engine_present():
         parser.set_defaults(**megatron_fixes.argument_defaults_without_te())
     if not has_gpu:
@@ -136,10 +135,6 @@ def exit_with(error: ConfigError, rank: int) -> NoReturn:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _refuse(message: str) -> NoReturn:

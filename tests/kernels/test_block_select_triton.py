@@ -1,42 +1,23 @@
 """The Triton kernels of block_select against the reference.
 
-On a GPU the tests run there. Without one, a single test runs all the others in a process of its own, through
-Triton's interpreter: Triton decides at import whether it compiles or interprets, so this cannot be switched
-inside a process that has imported it already.
+Where they run: see `triton_interpreter`.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from kernel_oracles import packed_layout
 from msa_kernels import DocumentLayout, block_select
 from msa_kernels.common.outputs import BlockSelection
+from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
-
-needs_triton = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="run by the test of the interpreter")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 
-if INTERPRETED:
-    from triton_interpreter import repair_loop_bounds
 
-    repair_loop_bounds()
-
-
-@pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run in this process")
+@needs_interpreter
 def test_the_kernels_pass_the_tests_below_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout, result.stdout
+    run_tests_in_interpreter(__file__)
 
 
 @pytest.fixture

@@ -1,8 +1,36 @@
-"""Triton's interpreter runs the kernels' Python source on a CPU, with NumPy in the place of the GPU."""
+"""Triton's interpreter runs the kernels' Python source on a CPU, with NumPy in the place of the GPU.
+
+On a GPU the kernel tests run there. Without one, a single test of each file runs all its others in a process
+of its own, through the interpreter: Triton decides at import whether it compiles or interprets, so this
+cannot be switched inside a process that has imported it already.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+
+needs_triton = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="run by the test of the interpreter")
+needs_interpreter = pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run in this process")
+
+
+def run_tests_in_interpreter(test_file: str) -> None:
+    """Run a test file in a process whose Triton interprets; fails with that process's output."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", test_file]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout, result.stdout
 
 
 def repair_loop_bounds() -> None:
@@ -20,3 +48,7 @@ def repair_loop_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED:
+    repair_loop_bounds()
