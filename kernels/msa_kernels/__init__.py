@@ -8,6 +8,7 @@ from msa_kernels.common.backend import Backend
 from msa_kernels.common.checks import KLTeacher
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput, BlockSelection, SelectionQuality
+from msa_kernels.common.value_checks import debug_checks
 from msa_kernels.dense_kl import dense_kl
 from msa_kernels.selection_quality import selection_quality
 from msa_kernels.sparse_attention import sparse_attention
@@ -20,6 +21,7 @@ __all__ = [
     "KLTeacher",
     "SelectionQuality",
     "block_select",
+    "debug_checks",
     "dense_kl",
     "selection_quality",
     "sparse_attention",

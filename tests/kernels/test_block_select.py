@@ -12,6 +12,7 @@ from kernel_oracles import (
     visible_tokens,
 )
 from msa_kernels import DocumentLayout, block_select
+from msa_kernels.block_select import e4m3
 
 
 def integer_index(num_keys, groups=2, dim=4, high=3, seed=0):
@@ -190,3 +191,59 @@ def test_every_dtype_runs_and_integer_scores_agree_exactly(dtype):
     assert torch.equal(block_ids, expected.block_ids)
     assert index_lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(index_lse.double(), expected.index_lse, rtol=1e-6, atol=1e-6)
+
+
+def test_without_the_lse_the_same_blocks_are_selected():
+    layout = packed_layout([21, 0, 40])
+    index_q, index_k = integer_index(61)
+    options = {"block_size": 3, "num_selected_blocks": 4}
+    with_lse = block_select(index_q, index_k, layout, **options)
+    without = block_select(index_q, index_k, layout, with_lse=False, **options)
+    assert without.index_lse is None
+    assert torch.equal(without.block_ids, with_lse.block_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_e4m3_takes_the_nearest_of_its_numbers_with_a_scale_of_two(dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(40, 16, generator=generator) * torch.logspace(-6, 4, 40)[:, None]
+    vectors[7] = 0
+    vectors[8, 1:] *= 1e-4  # most entries far below the largest
+    vectors = vectors.to(dtype)
+    values, scales = e4m3.quantise(vectors)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scales.shape == (40,)
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full((40,), 0.5))
+    scaled = vectors.double() / scales.double()[:, None]
+    largest = scaled.abs().amax(dim=-1)
+    assert (largest <= 448).all()
+    assert (largest[vectors.abs().amax(dim=-1) > 0] >= 224).all()
+    distance = (scaled[..., None] - numbers).abs().amin(dim=-1)
+    torch.testing.assert_close((values.double() - scaled).abs(), distance, rtol=0, atol=1e-12)
+
+
+def test_e4m3_selects_by_the_scores_of_the_rounded_vectors():
+    layout = packed_layout([21, 0, 40])
+    inputs = random_inputs(61, dtype=torch.float32, groups=3, heads=3, index_dim=16)
+    inputs.index_k[30:] *= 1e-3  # a scale per token
+    options = {"block_size": 3, "num_selected_blocks": 4, "with_lse": False}
+    found = block_select(inputs.index_q, inputs.index_k, layout, score_dtype="e4m3", **options)
+    values, _ = e4m3.quantise(inputs.index_q)
+    keys, scales = e4m3.quantise(inputs.index_k)
+    rounded_k = keys.double() * scales[:, None]
+    assert_selection_is_brute_force(found.block_ids, values.double(), rounded_k, layout, 3)
+    exact = block_select(inputs.index_q, inputs.index_k, layout, **options)
+    assert not torch.equal(found.block_ids, exact.block_ids)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_e4m3_ranks_tokens_that_are_not_finite_last(value):
+    layout = DocumentLayout.dense_batch(1, 10, device="cpu")
+    index_q, index_k = torch.ones(10, 1, 4), torch.ones(10, 4)
+    index_k[2:4, 1] = value  # all of block 1
+    index_k[4, 2] = value  # half of block 2
+    options = {"block_size": 2, "num_selected_blocks": 4, "with_lse": False, "score_dtype": "e4m3"}
+    block_ids = block_select(index_q, index_k, layout, **options).block_ids
+    assert block_ids[9, 0].tolist() == [0, 2, 3, 4]

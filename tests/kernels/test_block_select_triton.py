@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_oracles import packed_layout
 from msa_kernels import DocumentLayout, block_select
+from msa_kernels.block_select import e4m3
 from msa_kernels.common.outputs import BlockSelection
 from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
 
@@ -112,16 +113,19 @@ def assert_lse_is_right(selection, index_q, index_k, layout, block_size):
     assert error <= 1e-5
 
 
-def assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, block_size):
-    """Where a row's blocks differ, the scores of the blocks in question lie within 1e-5.
+def assert_differs_only_in_near_ties(
+    found, expected, index_q, index_k, layout, block_size, *, closer_than=1e-5, share=0.001
+):
+    """Where a row's blocks differ, the scores of the blocks in question lie within ``closer_than``.
 
     All products of 16-bit inputs are exact in fp32; their sums are not, and the two sides add in different
-    orders. With scores of the order of 1 the sums differ by a few 1e-7.
+    orders. With scores of the order of 1 the sums differ by a few 1e-7. At most a ``share`` of the rows
+    differs.
     """
     found_ids = found.block_ids.sort(dim=-1).values
     expected_ids = expected.block_ids.sort(dim=-1).values
     rows = (found_ids != expected_ids).any(dim=-1).nonzero().tolist()
-    assert len(rows) <= 0.001 * found_ids.shape[0] * found_ids.shape[1]
+    assert len(rows) <= share * found_ids.shape[0] * found_ids.shape[1]
     for query, group in rows:
         document = int(layout.query_document[query])
         start = int(layout.document_offsets[document])
@@ -130,7 +134,12 @@ def assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, 
         for block in in_question:
             keys = index_k[start + block * block_size : start + (block + 1) * block_size].double()
             scores.append(float((keys @ index_q[query, group].double()).max()))
-        assert max(scores) - min(scores) <= 1e-5
+        assert max(scores) - min(scores) <= closer_than
+
+
+def rounded(vectors):
+    values, scales = e4m3.quantise(vectors)
+    return values.double() * scales[..., None]
 
 
 CASES = [
@@ -170,6 +179,53 @@ def test_random_scores_give_the_blocks_of_the_reference(lengths, groups, dim, bl
     assert_form(found.block_ids, layout, block_size, count)
     assert_differs_only_in_near_ties(found, expected, index_q, index_k, layout, block_size)
     assert_lse_is_right(found, index_q, index_k, layout, block_size)
+
+
+@needs_triton
+@pytest.mark.parametrize("score_dtype", ["input", "e4m3"])
+@pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), CASES[1:5])
+def test_without_the_lse_ties_give_exactly_the_blocks_of_the_reference(
+    lengths, groups, dim, block_size, count, score_dtype
+):
+    # e4m3 holds these small integers exactly.
+    index_q, index_k = integer_inputs(sum(lengths), groups, dim)
+    layout = layout_of(lengths)
+    options = {"with_lse": False, "score_dtype": score_dtype}
+    found, expected = both(index_q, index_k, layout, block_size, count, **options)
+    assert found.index_lse is None
+    assert_form(found.block_ids, layout, block_size, count)
+    assert_same_blocks(found, expected)
+    with_lse = block_select(index_q, index_k, layout, block_size=block_size, num_selected_blocks=count)
+    assert_same_blocks(found, with_lse)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), [CASES[1], CASES[3]])
+def test_e4m3_gives_the_blocks_of_the_reference(lengths, groups, dim, block_size, count, dtype):
+    index_q, index_k = random_index(sum(lengths), groups, dim, dtype)
+    index_k *= torch.logspace(-2, 0, sum(lengths), device=DEVICE)[:, None].to(dtype)  # a scale per token
+    layout = layout_of(lengths)
+    options = {"with_lse": False, "score_dtype": "e4m3"}
+    found, expected = both(index_q, index_k, layout, block_size, count, **options)
+    assert_form(found.block_ids, layout, block_size, count)
+    # Hopper adds the products of 8-bit numbers with 13 bits behind the point of the largest: 2^-13 of a
+    # product of up to 448^2 against 1 for the whole score, 32 products at a time.
+    limits = {"closer_than": 4e-3, "share": 0.05} if DEVICE == "cuda" else {}
+    vectors = rounded(index_q), rounded(index_k)
+    assert_differs_only_in_near_ties(found, expected, *vectors, layout, block_size, **limits)
+
+
+@needs_triton
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_e4m3_ranks_tokens_that_are_not_finite_last(value):
+    layout = layout_of([300, 77])
+    index_q, index_k = integer_inputs(377, 2, 64)
+    index_k[64:128, 5] = value  # all of block 1
+    index_k[200, 3] = value
+    found, expected = both(index_q, index_k, layout, 64, 3, with_lse=False, score_dtype="e4m3")
+    assert_form(found.block_ids, layout, 64, 3)
+    assert_same_blocks(found, expected)
 
 
 @needs_triton
@@ -214,19 +270,53 @@ def test_infinite_scores_are_ordinary_numbers():
         torch.testing.assert_close(found.index_lse, expected.index_lse, rtol=1e-6, atol=1e-6)
 
 
-@needs_triton
-def test_negative_and_positive_zero_tie():
-    from msa_kernels.block_select.triton_run import TOPK_SETTINGS
+def topk(block_max, position, count):
+    """Block ids of the top-k kernel alone, for rows of one group and blocks of 64 tokens: [rows, count]."""
+    import triton
+    from msa_kernels.block_select.triton_run import TOPK_ROWS, TOPK_SETTINGS, topk_queue
     from msa_kernels.block_select.triton_topk import topk_kernel
 
-    block_max = torch.tensor([-0.0, 0.0, -1.0, 0.0], device=DEVICE)[:, None].repeat(1, 128)
-    block_ids = torch.zeros(1, 1, 3, dtype=torch.int32, device=DEVICE)
+    rows = block_max.shape[1]
+    block_ids = torch.zeros(rows, count, dtype=torch.int32, device=DEVICE)
+    sizes = {"GROUPS": 1, "BLOCK": 64, "COUNT": count, "SLOTS": triton.next_power_of_2(count)}
+    queue = topk_queue(rows, block_max.device)
+    topk_kernel[(triton.cdiv(rows, TOPK_ROWS),)](
+        block_max, None, position, queue, block_ids, None, 0, rows, rows, **sizes, **TOPK_SETTINGS
+    )
+    return block_ids
+
+
+@needs_triton
+def test_negative_and_positive_zero_tie():
+    block_max = torch.tensor([-0.0, 0.0, -1.0, 0.0], device=DEVICE)[:, None]
     position = torch.tensor([4 * 64], dtype=torch.int32, device=DEVICE)
-    lse = torch.zeros(5, 128, device=DEVICE)
-    sizes = {"GROUPS": 1, "BLOCK": 64, "COUNT": 3, "SLOTS": 4}
-    written = (block_ids, torch.zeros(1, device=DEVICE))
-    topk_kernel[(1,)](block_max, lse, position, *written, 0, 1, 128, **sizes, **TOPK_SETTINGS)
-    assert sorted(block_ids.flatten().tolist()) == [0, 1, 4]
+    assert sorted(topk(block_max, position, 3)[0].tolist()) == [0, 1, 4]
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_scores_in_any_order_give_the_best_blocks(count):
+    # Rising scores all enter, one after the other; of falling ones none does after the first.
+    rows, blocks = 40, 45
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.arange(blocks).float()[:, None].repeat(1, rows)
+    block_max = torch.randint(-20, 20, (blocks, rows), generator=generator).float()
+    block_max[:, 0::8] = rank[:, 0::8]
+    block_max[:, 1::8] = -rank[:, 1::8]
+    block_max[:, 2::8] = 5.0
+    block_max[:, 3::8] = -math.inf
+    block_max[20:, 4::8] += 100
+    local = torch.randint(0, blocks, (rows,), generator=generator)
+    position = (local * 64 + 7).int().to(DEVICE)
+    found = topk(block_max.to(DEVICE), position, count)
+    for row in range(rows):
+        scores = block_max[: local[row], row].tolist()
+        best = sorted(range(len(scores)), key=lambda block, scores=scores: (-scores[block], block))
+        wanted = [*sorted(best[: count - 1]), int(local[row])]
+        ids = found[row].tolist()
+        assert sorted(ids[: len(wanted)]) == wanted, row
+        assert ids[len(wanted) - 1] == local[row]
+        assert ids[len(wanted) :] == [-1] * (count - len(wanted))
 
 
 @needs_triton
@@ -362,10 +452,32 @@ def test_larger_sizes_on_a_gpu(lengths, groups, dim, block_size, count, dtype):
     assert torch.equal(part.index_lse, found.index_lse[rows])
     assert_lse_is_right(part, index_q[rows], index_k, layout.select_queries(rows), block_size)
 
+    without = block_select(
+        index_q,
+        index_k,
+        layout,
+        block_size=block_size,
+        num_selected_blocks=count,
+        with_lse=False,
+        backend="triton",
+    )
+    assert torch.equal(without.block_ids.sort(-1).values, found.block_ids.sort(-1).values)
+    options = {"with_lse": False, "score_dtype": "e4m3"}
+    found, expected = both(index_q, index_k, layout, block_size, count, **options)
+    assert_form(found.block_ids, layout, block_size, count)
+    limits = {"closer_than": 4e-3, "share": 0.1}
+    vectors = rounded(index_q), rounded(index_k)
+    assert_differs_only_in_near_ties(found, expected, *vectors, layout, block_size, **limits)
+
 
 @pytest.mark.gpu
 @needs_gpu
-def test_neither_a_synchronisation_nor_a_new_compilation_for_other_lengths_and_documents():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"with_lse": False}, {"with_lse": False, "score_dtype": "e4m3"}],
+    ids=["with lse", "maxima only", "e4m3"],
+)
+def test_neither_a_synchronisation_nor_a_new_compilation_for_other_lengths_and_documents(options):
     from msa_kernels.block_select.triton_scores import block_scores_kernel
     from msa_kernels.block_select.triton_topk import topk_kernel
 
@@ -380,7 +492,8 @@ def test_neither_a_synchronisation_nor_a_new_compilation_for_other_lengths_and_d
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            block_select(index_q, index_k, layout, block_size=64, num_selected_blocks=3, backend="triton")
+            sizes = {"block_size": 64, "num_selected_blocks": 3}
+            block_select(index_q, index_k, layout, backend="triton", **sizes, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

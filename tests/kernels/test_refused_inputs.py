@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from kernel_oracles import packed_layout, random_inputs
-from msa_kernels import DocumentLayout, block_select, dense_kl, selection_quality, sparse_attention
+from msa_kernels import (
+    DocumentLayout,
+    block_select,
+    debug_checks,
+    dense_kl,
+    selection_quality,
+    sparse_attention,
+)
 
 INPUTS = random_inputs(8, dtype=torch.float32)
 LAYOUT = packed_layout([3, 5])
@@ -13,7 +20,7 @@ RIGHT = {
     "q": INPUTS.q,
     "k": INPUTS.k,
     "v": INPUTS.v,
-    "block_ids": torch.zeros(8, 2, 3, dtype=torch.int32),
+    "block_ids": torch.tensor([0, -1, -1], dtype=torch.int32).repeat(8, 2, 1),
     "layout": LAYOUT,
     "block_size": 2,
     "index_q": INPUTS.index_q,
@@ -185,6 +192,12 @@ def test_the_other_ops_share_the_checks(op, name, value, error, message):
         ({"index_k": None}, TypeError, "index_k must be a tensor, got NoneType"),
         ({"num_selected_blocks": 0}, ValueError, "num_selected_blocks must be 1 or more, got 0"),
         ({"num_selected_blocks": 2.0}, TypeError, "num_selected_blocks must be an int, got float"),
+        ({"score_dtype": "fp8"}, ValueError, "score_dtype must be one of input, e4m3; got 'fp8'"),
+        (
+            {"score_dtype": "e4m3"},
+            ValueError,
+            "'e4m3' ranks blocks only and gives no index_lse; pass with_lse",
+        ),
     ],
 )
 def test_block_select_refuses(changes, error, message):
@@ -267,7 +280,109 @@ def test_a_layout_on_another_device_is_refused():
         call(dense_kl, layout=elsewhere)
 
 
-def test_a_call_without_keys_is_refused():
-    nothing = DocumentLayout.from_document_offsets(torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="there are no keys"):
-        dense_kl(INPUTS.q[:0], INPUTS.k[:0], INPUTS.v[:0], nothing)
+@every_op
+@pytest.mark.parametrize("offsets", [[0, 0], [0]], ids=["an empty document", "no document"])
+def test_a_call_without_keys_is_refused(op, offsets):
+    nothing = {"layout": DocumentLayout.from_document_offsets(torch.tensor(offsets))}
+    for name in ("q", "k", "v", "index_q", "index_k", "block_ids", "index_lse"):
+        if name in OPS[op]:
+            nothing[name] = RIGHT[name][:0]
+    with pytest.raises(ValueError, match="there are no keys; skip the call"):
+        call(op, **nothing)
+
+
+def ids_with(query, group, *row):
+    block_ids = RIGHT["block_ids"].clone()
+    block_ids[query, group] = int32(*row)
+    return block_ids
+
+
+@pytest.mark.parametrize("op", [sparse_attention, selection_quality], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    ("block_ids", "message"),
+    [
+        # Query 6 is at position 3 of document 1: blocks of 2 tokens 0 and 1.
+        (
+            ids_with(6, 1, 0, 2, -1),
+            r"block_ids\[6, 1, 1\] is 2: query 6, at position 3 .* sees blocks 0 \.\. 1",
+        ),
+        (
+            ids_with(1, 0, 0, 1, -1),
+            r"block_ids\[1, 0, 1\] is 1: query 1, at position 1 .* sees blocks 0 \.\. 0",
+        ),
+        (ids_with(7, 0, 0, 1, -2), r"block_ids\[7, 0, 2\] is -2: query 7"),
+        (ids_with(7, 1, 1, 0, 1), r"block 1 more than once for query 7, group 1: \[1, 0, 1\]"),
+        (ids_with(7, 1, 1, -1, 0), r"block_ids\[7, 1, 2\] is 0 behind the padding -1 \(query 7, group 1\)"),
+    ],
+)
+def test_block_ids_that_name_no_visible_block_or_one_twice_are_refused(op, block_ids, message):
+    with pytest.raises(ValueError, match=message):
+        call(op, block_ids=block_ids)
+
+
+@pytest.mark.parametrize(
+    "row", [(0, 1, 2), (2, 0, 1), (1, -1, -1), (-1, -1, -1)], ids=["all", "any order", "padded", "nothing"]
+)
+def test_rows_of_distinct_visible_blocks_are_accepted(row):
+    call(sparse_attention, block_ids=ids_with(7, 1, *row))
+
+
+@every_op
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_only_the_debug_mode_refuses_numbers_that_are_not_finite(op, value, monkeypatch):
+    name = "index_q" if op is block_select else "q"
+    tensor = RIGHT[name].clone()
+    tensor[5, 1, 2] = value
+    call(op, **{name: tensor})
+    with debug_checks(), pytest.raises(ValueError, match=rf"{name}\[5, 1, 2\] is {value}; .* finite"):
+        call(op, **{name: tensor})
+    monkeypatch.setenv("MSA_DEBUG_CHECKS", "1")
+    with pytest.raises(ValueError, match="finite"):
+        call(op, **{name: tensor})
+    with debug_checks(False):
+        call(op, **{name: tensor})
+    monkeypatch.setenv("MSA_DEBUG_CHECKS", "0")
+    call(op, **{name: tensor})
+
+
+def on_gpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, DocumentLayout):
+        names = ("document_offsets", "query_document", "query_position")
+        tensors = {name: getattr(value, name).cuda() for name in names}
+        return DocumentLayout(max_document_length=value.max_document_length, **tensors)
+    return value
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_ids": ids_with(6, 1, 0, 2, -1)}, r"block_ids\[6, 1, 1\] is 2"),
+        ({"block_ids": ids_with(7, 1, 1, 0, 1)}, "more than once for query 7, group 1"),
+        ({"layout": layout_with(document_offsets=int32(0, 3, 9))}, "layout describes 9 keys but there are 8"),
+        ({"v": INPUTS.v / 0}, r"v\[0, 0, 0\] is (nan|-?inf)"),
+    ],
+)
+def test_on_a_gpu_values_are_read_in_debug_mode_only(changes, message):
+    arguments = {name: on_gpu(value) for name, value in (RIGHT | changes).items()}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sparse_attention(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with debug_checks(), pytest.raises(ValueError, match=message):
+        sparse_attention(**arguments)
+
+
+@every_op
+def test_a_call_without_queries_gives_empty_results(op):
+    no_queries = {"layout": LAYOUT.select_queries(slice(0, 0))}
+    for name in ("q", "index_q", "block_ids", "index_lse"):
+        if name in OPS[op]:
+            no_queries[name] = RIGHT[name][:0]
+    results = call(op, **no_queries)
+    assert all(tensor.shape[0] == 0 for tensor in results)

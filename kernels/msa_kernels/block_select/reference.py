@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msa_kernels.block_select import e4m3
 from msa_kernels.common.blocks import KeyBlocks
 from msa_kernels.common.chunks import in_query_chunks
 from msa_kernels.common.layout import DocumentLayout
@@ -25,17 +26,26 @@ def block_select_reference(
     block_size: int,
     num_selected_blocks: int,
     softmax_scale: float,
+    with_lse: bool,
+    score_dtype: str,
 ) -> BlockSelection:
     """See ``msa_kernels.block_select``; inputs are checked, index_k is [K, d_i], softmax_scale is given."""
     num_queries, groups, _ = index_q.shape
     dtype = accumulation_dtype(index_q.dtype)
+    key_scale = None
+    if score_dtype == "e4m3":
+        # The scale of a query is left out: it is the same for all scores of a row.
+        index_q, _ = e4m3.quantise(index_q)
+        index_k, key_scale = e4m3.quantise(index_k)
     blocks = KeyBlocks.build(layout, index_k.shape[0], block_size)
     block_keys = index_k.to(dtype)[blocks.key]  # [N, B, d_i]
 
-    def select(rows: slice) -> tuple[Tensor, Tensor]:
+    def select(rows: slice) -> tuple[Tensor, Tensor | None]:
         queries = layout.select_queries(rows)
         visible = blocks.visible(queries)[:, None]  # [Q, 1, N, B]
         scores = torch.einsum("qrd,nbd->qrnb", index_q[rows].to(dtype), block_keys)
+        if key_scale is not None:
+            scores = scores * key_scale[blocks.key]
 
         # Ranked before scaling: the scale is positive, so all it could do is round two scores into one.
         ranked = visible & ~scores.isnan()
@@ -43,6 +53,8 @@ def block_select_reference(
         block_score = blocks.of_own_document(block_score, queries, block_size)
         block_ids = _choose(block_score, queries.query_position // block_size, num_selected_blocks)
 
+        if not with_lse:
+            return block_ids.to(torch.int32), None
         # The logsumexp over the tokens of the chosen blocks is the one over those blocks' logsumexps.
         block_lse = (scores * softmax_scale).masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
         block_lse = blocks.of_own_document(block_lse, queries, block_size)
@@ -56,7 +68,6 @@ def block_select_reference(
         device=index_q.device,
     )
     assert block_ids is not None
-    assert index_lse is not None
     return BlockSelection(block_ids, index_lse)
 
 

@@ -10,13 +10,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msa_kernels.block_select import e4m3
 from msa_kernels.block_select.triton_scores import block_scores_kernel
 from msa_kernels.block_select.triton_topk import topk_kernel
 from msa_kernels.common.backend import Implementation
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import BlockSelection
 
-# Budget of the two buffers that hold one number per row and block; a larger call runs in chunks of queries.
+# Budget of the buffers that hold one number per row and block; a larger call runs in chunks of queries.
 MAX_BUFFER_BYTES = 2**30
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
@@ -25,10 +26,11 @@ SUPPORTED_BLOCK_SIZES = (64, 128)
 MAX_SELECTED_BLOCKS = 64
 
 # Three programs of the score kernel share a multiprocessor, so that some multiply while others reduce: that
-# gains more than key blocks loaded ahead, for which three programs leave no shared memory. Each may then take
-# a third of the 64 K registers.
+# gains more than key blocks loaded ahead, for which three programs leave no shared memory unless keys have 8
+# bits. Each may then take a third of the 64 K registers.
 TILE_ROWS = 128
 SCORE_SETTINGS = {"TILE": TILE_ROWS, "num_warps": 4, "maxnreg": 168}
+STAGES = {"input": 1, "e4m3": 2}
 # A program works through up to 32 blocks. Enough programs for a short document; and programs that run at the
 # same time read the same few keys.
 MIN_SEGMENT_BLOCKS = 8
@@ -37,7 +39,7 @@ PROGRAMS_WANTED = 4096
 
 # One warp with one row per thread: reductions over a row's blocks then stay inside a thread.
 TOPK_ROWS = 32
-TOPK_SETTINGS = {"ROWS": TOPK_ROWS, "CHUNK": 16, "num_warps": 1}
+TOPK_SETTINGS = {"ROWS": TOPK_ROWS, "CHUNK": 8, "FULL": 16, "num_warps": 1}
 
 
 def _is_interpreted() -> bool:
@@ -52,6 +54,8 @@ def refusal(
     block_size: int,
     num_selected_blocks: int,
     softmax_scale: float,
+    with_lse: bool,
+    score_dtype: str,
 ) -> str | None:
     """Why these inputs, checked by the op, cannot run here; None if they can."""
     if index_q.dtype not in SUPPORTED_DTYPES:
@@ -80,6 +84,8 @@ def run(
     block_size: int,
     num_selected_blocks: int,
     softmax_scale: float,
+    with_lse: bool,
+    score_dtype: str,
 ) -> BlockSelection:
     """See ``msa_kernels.block_select``; inputs are checked, index_k is [K, d_i], softmax_scale is given.
 
@@ -88,19 +94,26 @@ def run(
     num_queries, groups, dim = index_q.shape
     device = index_q.device
     block_ids = torch.empty(num_queries, groups, num_selected_blocks, dtype=torch.int32, device=device)
-    index_lse = torch.empty(num_queries, groups, dtype=torch.float32, device=device)
+    index_lse = torch.empty(num_queries, groups, dtype=torch.float32, device=device) if with_lse else None
     if num_queries == 0:
         return BlockSelection(block_ids, index_lse)
 
     index_q, index_k = _contiguous_and_aligned(index_q), _contiguous_and_aligned(index_k)
+    key_scale = None
+    if score_dtype == "e4m3":
+        # The scale of a query is left out: it is the same for all scores of a row.
+        index_q, _ = e4m3.quantise(index_q)
+        index_k, key_scale = e4m3.quantise(index_k)
     query_document, query_position = layout.query_document.contiguous(), layout.query_position.contiguous()
     document_offsets = layout.document_offsets.contiguous()
 
     keys = TensorDescriptor.from_tensor(index_k, [block_size, dim])
     num_rows = num_queries * groups
     num_blocks = max(1, layout.max_blocks(block_size))
-    buffer_rows = _rows_per_chunk(num_rows, num_blocks)
-    block_max, block_lse = torch.empty(2, num_blocks, buffer_rows, dtype=torch.float32, device=device)
+    buffer_rows = _rows_per_chunk(num_rows, num_blocks, numbers=2 if with_lse else 1)
+    block_max = torch.empty(num_blocks, buffer_rows, dtype=torch.float32, device=device)
+    block_lse = torch.empty_like(block_max) if with_lse else None
+    queue = topk_queue(buffer_rows, device)
     tiles = triton.cdiv(buffer_rows, TILE_ROWS)
     segment_blocks = _segment_blocks(tiles, num_blocks)
 
@@ -111,6 +124,7 @@ def run(
             block_scores_kernel[triton.cdiv(chunk_rows, TILE_ROWS), triton.cdiv(num_blocks, segment_blocks)](
                 index_q,
                 keys,
+                key_scale,
                 document_offsets,
                 query_document,
                 query_position,
@@ -125,12 +139,14 @@ def run(
                 DIM=dim,
                 BLOCK=block_size,
                 UPCAST=_is_interpreted(),
+                STAGES=STAGES[score_dtype],
                 **SCORE_SETTINGS,
             )
             topk_kernel[(triton.cdiv(chunk_rows, TOPK_ROWS),)](
                 block_max,
                 block_lse,
                 query_position,
+                queue,
                 block_ids,
                 index_lse,
                 first_row,
@@ -145,9 +161,16 @@ def run(
     return BlockSelection(block_ids, index_lse)
 
 
-def _rows_per_chunk(num_rows: int, num_blocks: int) -> int:
-    """Rows whose two fp32 numbers per block stay within the budget, in whole tiles and equal chunks."""
-    tile_bytes = 2 * 4 * num_blocks * TILE_ROWS
+def topk_queue(num_rows: int, device: torch.device) -> Tensor:
+    """Scratch of ``topk_kernel`` for so many rows: 192 bytes a row."""
+    length = TOPK_SETTINGS["CHUNK"] + TOPK_SETTINGS["FULL"]
+    programs = triton.cdiv(num_rows, TOPK_ROWS)
+    return torch.empty(programs, length, TOPK_ROWS, dtype=torch.int64, device=device)
+
+
+def _rows_per_chunk(num_rows: int, num_blocks: int, *, numbers: int) -> int:
+    """Rows whose fp32 numbers per block stay within the budget, in whole tiles and equal chunks."""
+    tile_bytes = numbers * 4 * num_blocks * TILE_ROWS
     most_tiles = max(1, MAX_BUFFER_BYTES // tile_bytes)
     tiles = triton.cdiv(num_rows, TILE_ROWS)
     chunks = triton.cdiv(tiles, most_tiles)

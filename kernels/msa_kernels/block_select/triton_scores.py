@@ -1,4 +1,4 @@
-"""Index scores reduced to one maximum and one logsumexp per query, group and block.
+"""Index scores reduced to one maximum, and one logsumexp if wanted, per query, group and block.
 
 Letters in shapes: Q queries, K keys, D documents, B block size, d_i index head dim, N blocks of the longest
 document. A row is one query of one group: row = query * groups + group, the order in which index_q lies in
@@ -14,17 +14,33 @@ NO_DOCUMENT = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _reduce_block(scores, scale_log2):
-    """Maximum and base-2 logsumexp of each row of ``scores``, fp32 [TILE, B], where -inf marks hidden tokens.
+def _scores(q, index_k, key_scale, start, end, block, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """Raw scores of a tile of rows and one block, fp32 [TILE, B]."""
+    # Past the document's end come other documents' keys, which no row sees, or zeros.
+    k = index_k.load([start + block * BLOCK, 0])
+    if UPCAST:
+        k = k.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k))
+    if key_scale is not None:
+        key = start + block * BLOCK + tl.arange(0, BLOCK)
+        scores *= tl.load(key_scale + key, mask=key < end, other=1.0)[None, :]
+    return scores
+
+
+@triton.jit
+def _store_reduced(scores, block_max, block_lse, place, own, scale_log2):
+    """Stores maximum and base-2 logsumexp of each row of ``scores``, where -inf marks hidden tokens.
 
     The maximum skips NaN (so that NaN ranks as -inf), the logsumexp keeps it.
     """
     best = tl.max(scores, axis=1)
     best = tl.where(best == best, best, float("-inf"))
-    # Infinite scores would give inf - inf; 0 keeps exp2 at the value that the logsumexp has to have.
-    base = tl.where(tl.abs(best) == float("inf"), 0.0, best) * scale_log2
-    total = tl.sum(tl.exp2(scores * scale_log2 - base[:, None]), axis=1)
-    return best, base + tl.log2(total)
+    tl.store(block_max + place, best, mask=own)
+    if block_lse is not None:
+        # Infinite scores would give inf - inf; 0 keeps exp2 at the value that the logsumexp has to have.
+        base = tl.where(tl.abs(best) == float("inf"), 0.0, best) * scale_log2
+        total = tl.sum(tl.exp2(scores * scale_log2 - base[:, None]), axis=1)
+        tl.store(block_lse + place, base + tl.log2(total), mask=own)
 
 
 @triton.jit(
@@ -34,6 +50,7 @@ def _reduce_block(scores, scale_log2):
 def block_scores_kernel(
     index_q,
     index_k,
+    key_scale,
     document_offsets,
     query_document,
     query_position,
@@ -48,22 +65,25 @@ def block_scores_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program reduces the blocks of one segment for one tile of rows.
 
     Writes, for every row and every block up to the row's local block, and maybe some blocks behind it:
-    ``block_max[block, row - first_row]``, the largest raw score of a visible token, NaN as -inf, and
-    ``block_lse[block, row - first_row]``, the base-2 logsumexp of the scaled scores of the visible tokens.
+    ``block_max[block, row - first_row]``, the largest raw score of a visible token, NaN as -inf, and, if
+    wanted, ``block_lse[block, row - first_row]``, the base-2 logsumexp of the scaled scores of the visible
+    tokens.
 
     Args:
-        index_q: [Q * GROUPS, DIM], contiguous, bf16 or fp16.
+        index_q: [Q * GROUPS, DIM], contiguous, bf16, fp16 or e4m3.
         index_k: tensor descriptor of [K, DIM], contiguous, the same dtype, read in pieces of [BLOCK, DIM].
+        key_scale: fp32 [K], factor on the scores of each token; None for no factor.
         document_offsets: int32 [D + 1].
         query_document: int32 [Q].
         query_position: int32 [Q].
         block_max: fp32 [N, buffer_rows].
-        block_lse: fp32 [N, buffer_rows].
+        block_lse: fp32 [N, buffer_rows], or None for maxima only.
         first_row: first row of this launch.
         end_row: the row behind the last one of this launch.
         buffer_rows: row capacity of the two buffers.
@@ -73,6 +93,7 @@ def block_scores_kernel(
         DIM: d_i.
         BLOCK: B.
         TILE: rows per program, grid axis 0.
+        STAGES: key blocks in flight.
         UPCAST: multiply in fp32, for Triton's interpreter, which cannot multiply bf16.
     """
     buffer_row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -104,29 +125,21 @@ def block_scores_kernel(
         lowest_local = tl.min(tl.where(own, local_block, NO_DOCUMENT), axis=0)
         highest_local = tl.max(tl.where(own, local_block, -1), axis=0)
         start = tl.load(document_offsets + current)
+        end = tl.load(document_offsets + current + 1)
 
         # Blocks before every row's local block are whole and visible to all rows of this document.
-        for block in tl.range(segment_start, tl.minimum(lowest_local, segment_end), num_stages=1):
-            k = index_k.load([start + block * BLOCK, 0])
-            if UPCAST:
-                k = k.to(tl.float32)
-            best, lse = _reduce_block(tl.dot(q, tl.trans(k)), scale_log2)
+        for block in tl.range(segment_start, tl.minimum(lowest_local, segment_end), num_stages=STAGES):
+            scores = _scores(q, index_k, key_scale, start, end, block, BLOCK, UPCAST)
             place = block * buffer_stride + buffer_row
-            tl.store(block_max + place, best, mask=own)
-            tl.store(block_lse + place, lse, mask=own)
+            _store_reduced(scores, block_max, block_lse, place, own, scale_log2)
 
         first_masked = tl.maximum(lowest_local, segment_start)
         for block in tl.range(first_masked, tl.minimum(highest_local + 1, segment_end), num_stages=1):
-            # Past the document's end come other documents' keys, which no row sees, or zeros.
-            k = index_k.load([start + block * BLOCK, 0])
-            if UPCAST:
-                k = k.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k))
+            scores = _scores(q, index_k, key_scale, start, end, block, BLOCK, UPCAST)
             visible = (block * BLOCK + token)[None, :] <= position[:, None]
-            best, lse = _reduce_block(tl.where(visible, scores, float("-inf")), scale_log2)
             place = block * buffer_stride + buffer_row
-            tl.store(block_max + place, best, mask=own)
-            tl.store(block_lse + place, lse, mask=own)
+            scores = tl.where(visible, scores, float("-inf"))
+            _store_reduced(scores, block_max, block_lse, place, own, scale_log2)
 
         # Rows out of range have document -1 and never come up.
         current = tl.min(tl.where(document > current, document, NO_DOCUMENT), axis=0)

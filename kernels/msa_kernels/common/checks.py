@@ -1,7 +1,7 @@
 """Input checks shared by the ops.
 
-Every message says what was given, what is allowed and what to change. Nothing here reads a value from a GPU:
-checks of tensor values are made for tensors on the CPU only, where they cost no synchronisation.
+Every message says what was given, what is allowed and what to change. Nothing here reads a value from a GPU,
+but in debug mode (``value_checks``).
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msa_kernels.common import value_checks
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.numerics import SUPPORTED_DTYPES, accumulation_dtype
 
 KLTeacher = Literal["group_mean", "per_head"]
+ScoreDtype = Literal["input", "e4m3"]
 
 
 def check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None) -> None:
     """Raises TypeError or ValueError unless all are tensors of one supported dtype on one device.
+
+    In debug mode they must be finite, too.
 
     Args:
         required: tensors by name.
@@ -41,6 +45,7 @@ def check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None
             raise ValueError(
                 f"{name} is on {tensor.device} but {first_name} is on {first.device}; move them to one device"
             )
+    value_checks.check_finite(given)
 
 
 def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -160,35 +165,7 @@ def check_layout(layout: DocumentLayout, num_queries: int, num_keys: int, device
         raise ValueError(f"layout is on {layout.device} but the inputs are on {device}; build it on {device}")
     if num_keys == 0:
         raise ValueError("there are no keys; skip the call when there is nothing to attend to")
-    if device.type == "cpu":
-        _check_layout_values(layout, num_keys)
-
-
-def _check_layout_values(layout: DocumentLayout, num_keys: int) -> None:
-    offsets = layout.document_offsets
-    lengths = offsets.diff()
-    if offsets[0] != 0 or (lengths < 0).any():
-        raise ValueError(f"document_offsets must start with 0 and never fall, got {offsets.tolist()}")
-    if offsets[-1] != num_keys:
-        raise ValueError(f"layout describes {int(offsets[-1])} keys but there are {num_keys}")
-    if (lengths > layout.max_document_length).any():
-        raise ValueError(
-            f"max_document_length is {layout.max_document_length} but a document has {int(lengths.max())} "
-            "tokens; it must be an upper bound"
-        )
-    document, position = layout.query_document, layout.query_position
-    if ((document < 0) | (document >= layout.num_documents)).any():
-        raise ValueError(
-            f"query_document must be 0 .. {layout.num_documents - 1}, "
-            f"got {int(document.min())} .. {int(document.max())}"
-        )
-    outside = (position < 0) | (position >= lengths[document])
-    if outside.any():
-        query = int(outside.nonzero()[0])
-        raise ValueError(
-            f"query {query} has position {int(position[query])} in document {int(document[query])}, "
-            f"which has {int(lengths[document[query]])} tokens; positions count from 0 within the document"
-        )
+    value_checks.check_layout_values(layout, num_keys)
 
 
 def check_count(name: str, value: int) -> None:
@@ -197,6 +174,14 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+def check_score_dtype(score_dtype: str, with_lse: bool) -> None:
+    """Raises ValueError unless ``score_dtype`` is known and can give what is asked for."""
+    if score_dtype not in get_args(ScoreDtype):
+        raise ValueError(f"score_dtype must be one of {', '.join(get_args(ScoreDtype))}; got {score_dtype!r}")
+    if score_dtype == "e4m3" and with_lse:
+        raise ValueError("score_dtype 'e4m3' ranks blocks only and gives no index_lse; pass with_lse=False")
 
 
 def check_kl_teacher(kl_teacher: str) -> None:

@@ -26,6 +26,8 @@ class DocumentLayout:
         query_position: int32 [Q], 0-based position of each query within its document, in tokens.
         max_document_length: upper bound, in tokens, of the length of any document. Lives on the host, so that
             shapes can be derived from it without waiting for the device.
+        queries_are_keys: query i is key i, for all of them. A hint from who built the layout: it permits
+            faster kernels, and False is always right.
 
     Raises:
         TypeError: a tensor is not int32, or max_document_length is not an int.
@@ -36,6 +38,7 @@ class DocumentLayout:
     query_document: Tensor
     query_position: Tensor
     max_document_length: int
+    queries_are_keys: bool = False
 
     def __post_init__(self) -> None:
         for name in ("document_offsets", "query_document", "query_position"):
@@ -88,6 +91,7 @@ class DocumentLayout:
             query_document=document.repeat_interleave(seq_length),
             query_position=position.repeat(batch_size),
             max_document_length=seq_length,
+            queries_are_keys=True,
         )
 
     @classmethod
@@ -118,6 +122,7 @@ class DocumentLayout:
             query_document=document,
             query_position=_position_of_key(offsets, document),
             max_document_length=max_document_length,
+            queries_are_keys=True,
         )
 
     def select_queries(self, query_index: Tensor | slice) -> DocumentLayout:

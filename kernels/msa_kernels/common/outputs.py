@@ -18,11 +18,11 @@ class BlockSelection(NamedTuple):
         block_ids: int32 [Q, Hkv, num_selected_blocks], block numbers within the query's document; the block
             that holds the query comes last among the valid entries, -1 padding follows.
         index_lse: accumulation dtype [Q, Hkv], natural log; logsumexp of the scaled index scores over the
-            visible tokens of the selected blocks.
+            visible tokens of the selected blocks; None if it was not asked for.
     """
 
     block_ids: Tensor
-    index_lse: Tensor
+    index_lse: Tensor | None
 
 
 class AttentionOutput(NamedTuple):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msa_kernels.common import checks
+from msa_kernels.common import checks, value_checks
+from msa_kernels.common.compilation import outside_graphs
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import SelectionQuality
 from msa_kernels.selection_quality.reference import selection_quality_reference
 
 
+@outside_graphs
 def selection_quality(
     q: Tensor,
     k: Tensor,
@@ -62,6 +64,7 @@ def selection_quality(
     checks.check_layout(layout, q.shape[0], k.shape[0], q.device)
     checks.check_count("block_size", block_size)
     checks.check_block_ids(block_ids, q.shape[0], k.shape[1], q.device)
+    value_checks.check_block_id_values(block_ids, layout, block_size)
     shared_index_k, index_head_dim = checks.check_index_branch(q, k, index_q, index_k)
     assert shared_index_k is not None
     return selection_quality_reference(
