@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msa_kernels.common import checks
+from msa_kernels.common import checks, value_checks
 from msa_kernels.common.backend import Backend, Implementation, Op
+from msa_kernels.common.compilation import outside_graphs
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.sparse_attention.reference import sparse_attention_reference
@@ -20,6 +21,7 @@ def _load_triton() -> Implementation:
 _OP = Op(name="sparse_attention", reference=sparse_attention_reference, triton=_load_triton)
 
 
+@outside_graphs
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -54,8 +56,8 @@ def sparse_attention(
         k: [K, Hkv, d] in the dtype of q.
         v: [K, Hkv, d_v] in the dtype of q.
         block_ids: int32 [Q, Hkv, num_selected_blocks], block numbers within the query's document as
-            ``block_select`` returns them; entries of a row differ from each other, -1 is padding. Tokens
-            behind the query take no part, whichever blocks are named. A row of -1 only gives out 0, lse -inf,
+            ``block_select`` returns them: visible to the query, distinct, -1 behind them. Order is free.
+            Checked on the CPU and in debug mode (``debug_checks``). A row of -1 only gives out 0, lse -inf,
             kl 0.
         layout: documents of the K keys, document and position of the Q queries.
         block_size: tokens per block, the one that block_ids were made with.
@@ -86,6 +88,7 @@ def sparse_attention(
     checks.check_layout(layout, q.shape[0], k.shape[0], q.device)
     checks.check_count("block_size", block_size)
     checks.check_block_ids(block_ids, q.shape[0], k.shape[1], q.device)
+    value_checks.check_block_id_values(block_ids, layout, block_size)
     checks.check_kl_teacher(kl_teacher)
     index_k, index_head_dim = checks.check_index_branch(q, k, index_q, index_k)
     if index_lse is not None:

@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from msa_kernels.sparse_attention.triton_schedule import Schedule
-from msa_kernels.sparse_attention.triton_sums import sum_extra_items, sum_slots
+from msa_kernels.sparse_attention.triton_sums import new_partial, sum_items, sum_slots
 from msa_kernels.sparse_attention.triton_tiles import (
     LOG2E,
-    add_key_gradient,
     entries_of_rows,
+    find_item,
+    hand_in_key_gradient,
     load_gathered_rows,
     load_key_tile,
     mean_over_heads,
@@ -39,8 +40,8 @@ def _delta_kernel(out, dout, delta, num_rows, DIM: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _differentiate(
-    q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk, sum_dv,
-    group, begin, end, scale, scale_log2,
+    q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk, sum_dv,
+    first_key, group, begin, end, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WITH_TEACHER: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,7 @@ def _differentiate(
         # Keys by rows: P and dS then go from registers into the products that sum over the queries.
         log_p = tl.dot(key_tile, tl.trans(q_tile)) * scale_log2 - lse_log2[None, :]  # [B, ROWS]
         if CAUSAL:
-            last_key = tl.load(place_in_block + query, mask=inside, other=0)
+            last_key = tl.load(own_key + query, mask=inside, other=0) - first_key
             log_p = tl.where(keys[:, None] <= last_key[None, :], log_p, float("-inf"))
         p = tl.exp2(log_p)
         sum_dv = tl.dot(p.to(dout_tile.dtype), dout_tile, sum_dv)
@@ -70,49 +71,56 @@ def _differentiate(
         dp = tl.dot(value_tile, tl.trans(dout_tile))
         ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
         sum_dk = tl.dot(ds, q_tile, sum_dk)
-        dq = tl.dot(tl.trans(ds), key_tile) * scale
+        dq = tl.dot(tl.trans(ds), key_tile)
         partial_row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
         pointers = partial_dq + partial_row[:, None] * DIM + dims[None, :]
         tl.store(pointers, dq.to(partial_dq.dtype.element_ty), mask=inside[:, None])
     return sum_dk, sum_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item", "is_first_chunk"])
 def _backward_kernel(
-    q, k, v, dout, lse, delta, items, entries, place_in_block, partial_dq, dk, partial_dk, dv, partial_dv,
-    teacher, scale, scale_log2,
+    q, k, v, dout, lse, delta, edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks,
+    num_buckets, entries_per_item, entries, own_key, partial_dq, dk, partial_dk, dv, partial_dv,
+    teacher, is_first_chunk, scale, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WITH_TEACHER: tl.constexpr,
 ):  # fmt: skip
     """One program per item.
 
-    With P = exp(s - lse) and dS = P (dO V^T - delta): partial_dq [E, G, d] = scale dS K, dk and dv, both fp32
-    [K, Hkv, d], get scale dS^T Q and P^T dO added (see ``add_key_gradient``); WITH_TEACHER also writes the
-    mean of P over the heads, fp32 [E, B].
+    With P = exp(s - lse) and dS = P (dO V^T - delta): partial_dq [E, G, d] = dS K without the scale; dk and
+    dv, both [K, Hkv, d], get scale dS^T Q and P^T dO (see ``hand_in_key_gradient``); WITH_TEACHER also writes
+    the mean of P over the heads, fp32 [E, B].
     """
-    item = items + tl.program_id(0) * 8
-    begin, own_begin, end = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    if begin >= end:
+    begin, _, own_begin, end, first_key, num_keys, group, row = find_item(
+        edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, entries_per_item
+    )
+    # In the first chunk the first item of a bucket writes zeros if there is nothing else.
+    if (begin >= end) & ((row >= 0) | (is_first_chunk == 0)):
         return
-    first_key, num_keys, group = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-    extra = tl.load(item + 6)
     GROUPS: tl.constexpr = HEADS // GROUP
     key_tile = load_key_tile(k, first_key, num_keys, group, GROUPS, DIM, BLOCK)
     value_tile = load_key_tile(v, first_key, num_keys, group, GROUPS, DIM, BLOCK)
     sum_dk = tl.zeros([BLOCK, DIM], dtype=tl.float32)
     sum_dv = tl.zeros([BLOCK, DIM], dtype=tl.float32)
     sum_dk, sum_dv = _differentiate(
-        q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk,
-        sum_dv, group, begin, own_begin, scale, scale_log2,
+        q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk,
+        sum_dv, first_key, group, begin, own_begin, scale_log2,
         HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, False,
     )  # fmt: skip
     sum_dk, sum_dv = _differentiate(
-        q, dout, lse, delta, entries, place_in_block, partial_dq, teacher, key_tile, value_tile, sum_dk,
-        sum_dv, group, own_begin, end, scale, scale_log2,
+        q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk,
+        sum_dv, first_key, group, own_begin, end, scale_log2,
         HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, True,
     )  # fmt: skip
-    add_key_gradient(dk, partial_dk, sum_dk * scale, extra, first_key, num_keys, group, GROUPS, DIM, BLOCK)
-    add_key_gradient(dv, partial_dv, sum_dv, extra, first_key, num_keys, group, GROUPS, DIM, BLOCK)
+    hand_in_key_gradient(
+        dk, partial_dk, sum_dk * scale, row, first_key, num_keys, group, is_first_chunk,
+        GROUPS, DIM, BLOCK,
+    )  # fmt: skip
+    hand_in_key_gradient(
+        dv, partial_dv, sum_dv, row, first_key, num_keys, group, is_first_chunk,
+        GROUPS, DIM, BLOCK,
+    )  # fmt: skip
 
 
 def row_products(out: Tensor, dout: Tensor) -> Tensor:
@@ -137,6 +145,7 @@ def add_attention_gradients(
     dk: Tensor,
     dv: Tensor,
     *,
+    is_first_chunk: bool,
     softmax_scale: float,
     teacher: Tensor | None,
 ) -> None:
@@ -151,26 +160,25 @@ def add_attention_gradients(
         dout: [Q, Hq, d], upstream gradient.
         schedule: of these queries.
         dq: [Q, Hq, d], written.
-        dk: fp32 [K, Hkv, d], added to.
-        dv: fp32 [K, Hkv, d], added to.
+        dk: [K, Hkv, d], written in the first chunk, added to in the others (then fp32).
+        dv: as dk.
+        is_first_chunk: whether this is the first chunk.
         softmax_scale: factor on the scores.
         teacher: fp32 [E, B], written with the mean probabilities of the heads, by place; None if not wanted.
     """
-    _, groups, slots = schedule.used.shape
+    _, groups, slots = schedule.kind.shape
     heads, dim = q.shape[1:]
     group = heads // groups
-    block_size = schedule.block_size
-    partial_dq = torch.empty(schedule.used.numel(), group, dim, dtype=q.dtype, device=q.device)
-    partial_dk, partial_dv = torch.empty(
-        2, schedule.max_extra_items, block_size, dim, dtype=torch.float32, device=q.device
-    )
+    partial_dq = torch.empty(schedule.kind.numel(), group, dim, dtype=q.dtype, device=q.device)
+    partial_dk, partial_dv = (new_partial(schedule, dim) for _ in range(2))
     delta = row_products(out, dout)
     _backward_kernel[(schedule.max_items,)](
-        q, k, v, dout, lse, delta, schedule.items, schedule.entries, schedule.place_in_block, partial_dq,
-        dk, partial_dk, dv, partial_dv, lse if teacher is None else teacher, softmax_scale,
-        softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
-        BLOCK=block_size, WITH_TEACHER=teacher is not None, **TILE,
+        q, k, v, dout, lse, delta, *schedule.arguments, partial_dq,
+        dk, partial_dk, dv, partial_dv, lse if teacher is None else teacher,
+        int(is_first_chunk), softmax_scale, softmax_scale * LOG2E,
+        HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim, BLOCK=schedule.block_size,
+        WITH_TEACHER=teacher is not None, **TILE,
     )  # fmt: skip
-    sum_slots(partial_dq, schedule, dq)
-    sum_extra_items(partial_dk, schedule, dk)
-    sum_extra_items(partial_dv, schedule, dv)
+    sum_slots(partial_dq, schedule, dq, scale=softmax_scale)
+    sum_items(partial_dk, schedule, dk, is_first_chunk=is_first_chunk)
+    sum_items(partial_dv, schedule, dv, is_first_chunk=is_first_chunk)

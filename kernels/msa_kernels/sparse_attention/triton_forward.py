@@ -1,4 +1,4 @@
-"""Forward kernels: attention within each chosen block, then the sum over the blocks of a query.
+"""Forward kernels: attention within each block that few queries of a tile chose, and the sum over all blocks.
 
 Letters in shapes: Q queries of the chunk, K keys, Hq query heads, Hkv groups, G heads per group, d head dim,
 B block size, E entries (see triton_schedule.py).
@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from msa_kernels.sparse_attention.triton_schedule import Schedule
+from msa_kernels.sparse_attention.triton_shared import attend_shared
 from msa_kernels.sparse_attention.triton_tiles import (
     LOG2E,
     entries_of_rows,
+    find_item,
     load_gathered_rows,
     load_key_tile,
 )
@@ -24,28 +26,34 @@ from msa_kernels.sparse_attention.triton_tiles import (
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
 
 
-@triton.jit
-def _attend(
-    q, entries, place_in_block, partial_out, partial_lse, key_tile, value_tile, group, begin, end, scale_log2,
+@triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item"])
+def _attend_rest_kernel(
+    q, k, v, edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks,
+    num_buckets, entries_per_item, entries, own_key, partial_out, partial_lse,
+    scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of the entries begin .. end within one block; begin .. end lie in one bucket."""
+    """One program per item. Writes partial_out [E, G, d], normalised, and partial_lse fp32 [E, G], log2."""
+    begin, end, _, _, first_key, num_keys, group, _ = find_item(
+        edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, entries_per_item
+    )
+    if begin >= end:
+        return
+    key_tile = load_key_tile(k, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
+    value_tile = load_key_tile(v, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
     dims = tl.arange(0, DIM)
     for start in tl.range(begin, end, ROWS // GROUP):
         entry, query, head, inside = entries_of_rows(
             entries, start, end, group, GROUP, ENTRIES_PER_QUERY, ROWS
         )
         q_tile = load_gathered_rows(q, query * HEADS + head, inside, DIM)  # [ROWS, d]
-        scores = tl.dot(q_tile, tl.trans(key_tile)) * scale_log2  # [ROWS, B], in units of log2
-        if CAUSAL:
-            last_key = tl.load(place_in_block + query, mask=inside, other=0)
-            scores = tl.where(tl.arange(0, BLOCK)[None, :] <= last_key[:, None], scores, float("-inf"))
-        # An entry sees at least one key of its block, so the maximum is finite.
-        top = tl.max(scores, 1)
-        weights = tl.exp2(scores - top[:, None])
+        # No mask: the queries lie behind the block, which then has all its keys.
+        scores = tl.dot(q_tile, tl.trans(key_tile))  # [ROWS, B]
+        top = tl.max(scores, 1) * scale_log2
+        weights = tl.exp2(scores * scale_log2 - top[:, None])
         total = tl.sum(weights, 1)
-        out = tl.dot(weights.to(value_tile.dtype), value_tile) / total[:, None]
+        out = tl.dot(weights.to(value_tile.dtype), value_tile) * (1.0 / total)[:, None]
         row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
         pointers = partial_out + row[:, None] * DIM + dims[None, :]
         tl.store(pointers, out.to(partial_out.dtype.element_ty), mask=inside[:, None])
@@ -53,61 +61,34 @@ def _attend(
 
 
 @triton.jit
-def _attend_kernel(
-    q, k, v, items, entries, place_in_block, partial_out, partial_lse, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program per item. Writes partial_out [E, G, d], normalised, and partial_lse fp32 [E, G], log2."""
-    item = items + tl.program_id(0) * 8
-    begin = tl.load(item)
-    own_begin = tl.load(item + 1)
-    end = tl.load(item + 2)
-    if begin >= end:
-        return
-    first_key, num_keys, group = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-    key_tile = load_key_tile(k, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
-    value_tile = load_key_tile(v, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
-    _attend(
-        q, entries, place_in_block, partial_out, partial_lse, key_tile, value_tile, group, begin, own_begin,
-        scale_log2, HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, False,
-    )  # fmt: skip
-    _attend(
-        q, entries, place_in_block, partial_out, partial_lse, key_tile, value_tile, group, own_begin, end,
-        scale_log2, HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, True,
-    )  # fmt: skip
-
-
-@triton.jit
 def _combine_kernel(
-    partial_out, partial_lse, used, out, lse,
+    partial_out, partial_lse, kind, out, lse,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, PADDED_SLOTS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program per query and group: out and lse from the partial ones of its slots, weighted by 2^lse."""
+    """One program per query and group: adds the parts of its slots of kind REST, weighted by 2^lse."""
     query_group = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, PADDED_SLOTS)
+    is_rest = tl.load(kind + query_group * SLOTS + slot, mask=slot < SLOTS, other=3) == 0
+    if tl.max(is_rest.to(tl.int32), 0) == 0:
+        return
     head = tl.arange(0, GROUP)
     dims = tl.arange(0, DIM)
-
-    slot = tl.arange(0, PADDED_SLOTS)
-    in_range = slot < SLOTS
-    is_used = tl.load(used + query_group * SLOTS + slot, mask=in_range, other=0) != 0
     pointers = partial_lse + (query_group * SLOTS + slot[:, None]) * GROUP + head[None, :]
-    slot_lse = tl.load(pointers, mask=is_used[:, None], other=float("-inf"))  # [slots, G]
-    top = tl.max(slot_lse, 0)
-    sees_any = top > float("-inf")
-    safe_top = tl.where(sees_any, top, 0.0)
-    total = safe_top + tl.log2(tl.sum(tl.exp2(slot_lse - safe_top[None, :]), 0))  # -inf without any block
-    safe_total = tl.where(sees_any, total, 0.0)
+    slot_lse = tl.load(pointers, mask=is_rest[:, None], other=float("-inf"))  # [slots, G]
+    shared_lse = tl.load(lse + query_group * GROUP + head) * 1.4426950408889634
+    top = tl.maximum(tl.max(slot_lse, 0), shared_lse)
+    total = tl.sum(tl.exp2(slot_lse - top[None, :]), 0) + tl.exp2(shared_lse - top)
+    total = top + tl.log2(total)
 
-    sum_out = tl.zeros([GROUP, DIM], dtype=tl.float32)
+    out_pointers = out + (query_group * GROUP + head[:, None]) * DIM + dims[None, :]
+    sum_out = tl.exp2(shared_lse - total)[:, None] * tl.load(out_pointers).to(tl.float32)
     for slot_number in tl.range(0, SLOTS):
         row = (query_group * SLOTS + slot_number) * GROUP + head
-        # Unused slots hold whatever was in memory: not read.
-        use = tl.load(used + query_group * SLOTS + slot_number) != 0
+        # Other slots hold whatever was in memory: not read.
+        use = tl.load(kind + query_group * SLOTS + slot_number) == 0
         row_lse = tl.load(partial_lse + row, mask=use, other=float("-inf"))
         partial = tl.load(partial_out + row[:, None] * DIM + dims[None, :], mask=use, other=0.0)
-        sum_out += tl.exp2(row_lse - safe_total)[:, None] * partial.to(tl.float32)
-    out_pointers = out + (query_group * GROUP + head[:, None]) * DIM + dims[None, :]
+        sum_out += tl.exp2(row_lse - total)[:, None] * partial.to(tl.float32)
     tl.store(out_pointers, sum_out.to(out.dtype.element_ty))
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453)
 
@@ -126,19 +107,19 @@ def attend(
         lse: fp32 [Q, Hq], natural log, written.
         softmax_scale: factor on the scores.
     """
-    _, groups, slots = schedule.used.shape
+    _, groups, slots = schedule.kind.shape
     heads, dim = q.shape[1:]
     group = heads // groups
-    num_entries = schedule.used.numel()
-    block_size = schedule.block_size
+    num_entries = schedule.kind.numel()
     partial_out = torch.empty(num_entries, group, dim, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(num_entries, group, dtype=torch.float32, device=q.device)
-    _attend_kernel[(schedule.max_items,)](
-        q, k, v, schedule.items, schedule.entries, schedule.place_in_block, partial_out, partial_lse,
+    attend_shared(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
+    _attend_rest_kernel[(schedule.max_items,)](
+        q, k, v, *schedule.arguments, partial_out, partial_lse,
         softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
-        BLOCK=block_size, **TILE,
+        BLOCK=schedule.block_size, **TILE,
     )  # fmt: skip
     _combine_kernel[(q.shape[0] * groups,)](
-        partial_out, partial_lse, schedule.used, out, lse,
+        partial_out, partial_lse, schedule.kind, out, lse,
         GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim, num_warps=4,
     )  # fmt: skip

@@ -5,6 +5,7 @@ Letters in shapes: Q queries, K keys, Hq query heads, Hkv groups, d head dim, d_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from msa_kernels.sparse_attention import triton_backward, triton_forward, triton
 from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule
 
 # Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
-MAX_PARTIAL_BYTES = 4 * 2**30
+MAX_PARTIAL_BYTES = 3 * 2**30
 # Score rows (query positions times heads of a group) that one program works through. Larger spares loads of
 # the block and sums of its gradient, smaller spreads hot blocks better and evens out the end of a kernel.
 ROWS_PER_ITEM = 8192
@@ -149,12 +150,14 @@ class _SparseAttention(torch.autograd.Function):
                     softmax_scale=settings.softmax_scale,
                     entropy=entropy,
                 )
-                kl[rows], index_lse[rows] = triton_kl.divergence(
+                triton_kl.write_divergence(
                     index_q[rows],
                     index_k,
                     schedule,
                     teacher,
                     entropy,
+                    kl[rows],
+                    index_lse[rows],
                     index_softmax_scale=settings.index_softmax_scale,
                 )
         ctx.save_for_backward(q, k, v, index_q, index_k, out, lse, index_lse)
@@ -181,18 +184,22 @@ class _SparseAttention(torch.autograd.Function):
         dv: Any = None
         dindex_q: Any = None
         dindex_k: Any = None
+        # The first chunk writes all of the sums over queries; a single one writes them in their final dtype.
+        new_sum = torch.empty if ctx.chunks else torch.zeros
+        sum_dtype = k.dtype if len(ctx.chunks) == 1 else torch.float32
         if attention:
             dout = dout.contiguous()
             dq = torch.empty_like(q)
-            dk, dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+            dk, dv = (new_sum(k.shape, dtype=sum_dtype, device=k.device) for _ in range(2))
         if index:
-            # Summed in fp32 over slots and groups, cast once at the end.
-            dindex_q = torch.empty(index_q.shape, dtype=torch.float32, device=q.device)
+            dindex_q = torch.empty_like(index_q)
+            # Summed in fp32 over the groups, cast once at the end.
             shape = (k.shape[0], k.shape[1], index_k.shape[1])
-            dindex_k = torch.zeros(shape, dtype=torch.float32, device=q.device)
+            dindex_k = new_sum(shape, dtype=torch.float32, device=q.device)
             # S - P times dkl is rounded to 16 bit before its last product. Upstream gradients as small as
             # 1 / (tokens * groups) would fall out of fp16's range there, so they are brought to at most 1.
-            top = torch.cat([dkl.abs().flatten(), dkl.new_full((1,), 1e-37)]).max()
+            top = torch.linalg.vector_norm(dkl, math.inf) if dkl.numel() else dkl.new_zeros(())
+            top = top.clamp(min=1e-37)
             dkl = (dkl / top).contiguous()
         for rows, schedule in ctx.chunks:
             teacher = triton_kl.new_teacher(schedule) if index else None
@@ -208,6 +215,7 @@ class _SparseAttention(torch.autograd.Function):
                     dq[rows],
                     dk,
                     dv,
+                    is_first_chunk=rows.start == 0,
                     softmax_scale=settings.softmax_scale,
                     teacher=teacher,
                 )
@@ -225,14 +233,14 @@ class _SparseAttention(torch.autograd.Function):
                     teacher,
                     dindex_q[rows],
                     dindex_k,
+                    top,
+                    is_first_chunk=rows.start == 0,
                     index_softmax_scale=settings.index_softmax_scale,
                 )
         if attention:
             dk, dv = dk.to(k.dtype), dv.to(v.dtype)
         if index:
-            factor = top * settings.index_softmax_scale
-            dindex_q = (dindex_q * factor).to(index_q.dtype)
-            dindex_k = (dindex_k.sum(dim=1) * factor).to(index_k.dtype)
+            dindex_k = (dindex_k.sum(dim=1) * (top * settings.index_softmax_scale)).to(index_k.dtype)
         return dq, dk, dv, dindex_q, dindex_k, None, None, None
 
 
@@ -243,15 +251,18 @@ def _chunks(
     queries, heads, dim = q.shape
     blocks = KeyBlockTable.build(layout, k.shape[0], settings.block_size)
     bytes_per_query = block_ids.shape[2] * heads * dim * q.dtype.itemsize
-    chunk = max(CHUNK_MULTIPLE, MAX_PARTIAL_BYTES // bytes_per_query // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
-    for start in range(0, queries, chunk):
+    multiples = max(1, MAX_PARTIAL_BYTES // bytes_per_query // CHUNK_MULTIPLE)
+    num_chunks = triton.cdiv(queries, multiples * CHUNK_MULTIPLE)
+    chunk = triton.cdiv(queries, max(1, num_chunks) * CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    group = heads // k.shape[1]
+    for start in range(0, queries, max(1, chunk)):
         rows = slice(start, min(start + chunk, queries))
         schedule = Schedule.build(
             block_ids[rows],
-            layout.query_document[rows],
-            layout.query_position[rows],
+            layout.select_queries(rows),
             blocks,
+            group=group,
             block_size=settings.block_size,
-            entries_per_item=ROWS_PER_ITEM // (heads // k.shape[1]),
+            entries_per_item=ROWS_PER_ITEM // group,
         )
         yield rows, schedule

@@ -1,14 +1,16 @@
 """Which queries chose a block: block_ids turned around, and cut into pieces of work for the kernels.
 
-The kernels keep one block of keys and stream the queries that chose it. Everything here is computed on the
+Neighbouring queries mostly choose the same blocks. Entries that enough queries of a tile share go to a kernel
+that keeps the queries and streams the blocks (triton_shared.py); the *rest*, and all of them in the backward
+pass, to kernels that keep a block and stream the queries that chose it. Everything here is computed on the
 device from tensors of host-known sizes, so no call waits for the GPU and none is compiled again for another
 selection.
 
 Words: an *entry* is one (query, group, slot) of block_ids, number (query * groups + group) * slots + slot.
 A *bucket* is one block of keys for one group, number group * blocks + block. An *item* is a run of at most
-``entries_per_item`` entries of one bucket: the work of one program.
+``entries_per_item`` entries of one bucket: the work of one program. A *tile* is a run of queries.
 
-Letters in shapes: Q queries, K keys, Hkv groups, N blocks of all documents, E entries.
+Letters in shapes: Q queries, K keys, Hkv groups, N blocks of all documents, E entries, T tiles.
 """
 
 from __future__ import annotations
@@ -22,58 +24,138 @@ from torch import Tensor
 
 from msa_kernels.common.layout import DocumentLayout
 
-# Columns of ``Schedule.items``: 32 bytes, one memory sector, per item.
-ITEM_FIELDS = 8
+# Kinds of used entries in the order in which they lie within a bucket, and values of ``Schedule.kind``.
+REST, SHARED, OWN, UNUSED = 0, 1, 2, 3
+KINDS = 3
+# Rows of a tile (queries times heads of the group), and the most queries: one bit of an int32 for each.
+TILE_ROWS = 128
+MAX_TILE_QUERIES = 32
+# An entry is shared if at least this part of its tile's queries chose its block.
+SHARED_PART = 1 / 2
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_blocks"])
-def _order_key_kernel(
-    block_ids, query_document, query_position, first_block, order_key, used, num_entries, num_blocks,
-    GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
+@triton.jit(do_not_specialize=["num_blocks"])
+def _block_table_kernel(
+    document_offsets, first_key, num_keys, first_block, num_blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One program per document: its first block, and its rows of first_key and num_keys.
+
+    The last one also writes the rows behind all documents, where the first is that behind all keys.
+    """
+    document = tl.program_id(0)
+    lane = tl.arange(0, WIDTH)
+    before = tl.zeros([WIDTH], dtype=tl.int32)
+    for start in tl.range(0, document, WIDTH):
+        other = start + lane
+        exists = other < document
+        begin = tl.load(document_offsets + other, mask=exists, other=0)
+        end = tl.load(document_offsets + other + 1, mask=exists, other=0)
+        before += tl.cdiv(end - begin, BLOCK)
+    first = tl.sum(before, 0)
+    tl.store(first_block + document, first)
+    begin = tl.load(document_offsets + document)
+    end = tl.load(document_offsets + document + 1)
+    own_end = first + tl.cdiv(end - begin, BLOCK)
+    last = tl.where(document == tl.num_programs(0) - 1, num_blocks, own_end)
+    for start in tl.range(first, last, WIDTH):
+        block = start + lane
+        key = tl.minimum(begin + (block - first) * BLOCK, end)
+        tl.store(first_key + block, key, mask=block < last)
+        tl.store(num_keys + block, tl.minimum(end - key, BLOCK), mask=block < last)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_blocks", "least"])
+def _sort_entries_kernel(
+    block_ids, query_document, query_position, first_block, first_keys, order_key, kind, own_key, shared_key,
+    shared_queries, num_shared, num_queries, num_blocks, least,
+    SLOTS: tl.constexpr, PADDED_SLOTS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    MAX_SHARED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Per entry: whether it is used, and its key 2 * bucket + (it is the query's own block); unused: last."""
-    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    inside = entry < num_entries
-    query = entry // (GROUPS * SLOTS)
-    group = (entry // SLOTS % GROUPS).to(tl.int32)
+    """One program per tile and group: kind and order key of its entries, own_key, and its shared blocks.
+
+    The order key is KINDS * bucket + kind; that of unused entries is above all others.
+    """
+    tile, group = tl.program_id(0), tl.program_id(1)
+    groups = tl.num_programs(1)
+    lane = tl.arange(0, QUERIES * PADDED_SLOTS)
+    place, slot = lane // PADDED_SLOTS, lane % PADDED_SLOTS
+    query = tile * QUERIES + place
+    inside = (query < num_queries) & (slot < SLOTS)
+    entry = (query.to(tl.int64) * groups + group) * SLOTS + slot
     block = tl.load(block_ids + entry, mask=inside, other=-1)
-    own_block = tl.load(query_position + query, mask=inside, other=0) // BLOCK
-    # A block behind the query holds nothing that the query sees.
-    is_used = (block >= 0) & (block <= own_block)
+    position = tl.load(query_position + query, mask=inside, other=0)
+    own_block = position // BLOCK
     document = tl.load(query_document + query, mask=inside, other=0)
-    bucket = group * num_blocks + tl.load(first_block + document, mask=inside, other=0) + block
-    key = tl.where(is_used, 2 * bucket + (block == own_block).to(tl.int32), 2 * GROUPS * num_blocks)
+    document_block = tl.load(first_block + document)
+    own_first_key = tl.load(first_keys + document_block + own_block)
+    tl.store(own_key + query, own_first_key + position % BLOCK, mask=inside & (slot == 0) & (group == 0))
+    # A block behind the query holds nothing that the query sees.
+    used = (block >= 0) & (block <= own_block)
+    key_block = tl.where(used, document_block + block, -1)
+
+    members = tl.zeros([QUERIES * PADDED_SLOTS], dtype=tl.int32)
+    count = tl.zeros([QUERIES * PADDED_SLOTS], dtype=tl.int32)
+    # A block that is the own one of some query is shared: it alone needs a causal mask, and gets it there.
+    own_of_any = tl.zeros([QUERIES * PADDED_SLOTS], dtype=tl.int32)
+    STEPS: tl.constexpr = PADDED_SLOTS // WIDTH
+    for step in tl.range(0, QUERIES * STEPS):
+        other = step // STEPS
+        other_slot = step % STEPS * WIDTH + tl.arange(0, WIDTH)
+        other_query = tile * QUERIES + other
+        other_inside = (other_query < num_queries) & (other_slot < SLOTS)
+        other_entry = (other_query.to(tl.int64) * groups + group) * SLOTS + other_slot
+        other_block = tl.load(block_ids + other_entry, mask=other_inside, other=-1)
+        exists = other_query < num_queries
+        other_own = tl.load(query_position + other_query, mask=exists, other=0) // BLOCK
+        other_document = tl.load(query_document + other_query, mask=exists, other=0)
+        other_first = tl.load(first_block + other_document)
+        other_used = (other_block >= 0) & (other_block <= other_own)
+        other_key_block = tl.where(other_used, other_first + other_block, -2)
+        same = tl.max((key_block[:, None] == other_key_block[None, :]).to(tl.int32), 1)
+        members |= same << other
+        count += same
+        own_of_any |= same & (key_block == other_first + other_own).to(tl.int32)
+
+    shared = used & ((count >= least) | (own_of_any != 0))
+    entry_kind = tl.where(shared, tl.where(block == own_block, 2, 1), 0)
+    bucket = group * num_blocks + key_block
+    key = tl.where(used, 3 * bucket + entry_kind, 3 * groups * num_blocks)
     tl.store(order_key + entry, key, mask=inside)
-    tl.store(used + entry, is_used.to(tl.int8), mask=inside)
+    tl.store(kind + entry, tl.where(used, entry_kind, 3).to(tl.int8), mask=inside)
+
+    # The first member of a block lists it. Only a row that names a block twice could exceed the bound.
+    lists = shared & ((members & ((1 << place) - 1)) == 0)
+    number = tl.cumsum(lists.to(tl.int32), 0) - 1
+    lists = lists & (number < MAX_SHARED)
+    tile_group = tile.to(tl.int64) * groups + group
+    row = tile_group * MAX_SHARED + number
+    block_first_key = tl.load(first_keys + key_block, mask=lists, other=0)
+    tl.store(shared_key + row, block_first_key, mask=lists)
+    tl.store(shared_queries + row, members, mask=lists)
+    tl.store(num_shared + tile_group, tl.sum(lists.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "entries_per_item"])
-def _items_kernel(
-    edges, last_item, last_extra, first_key, num_keys, items, num_blocks, entries_per_item,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """One program per bucket: writes its rows of items, see ``Schedule.items``."""
-    bucket = tl.program_id(0)
-    begin, own_begin = tl.load(edges + 2 * bucket), tl.load(edges + 2 * bucket + 1)
-    end = tl.load(edges + 2 * bucket + 2)
-    count = tl.cdiv(end - begin, entries_per_item)
-    first_item = tl.load(last_item + bucket) - count
-    first_extra = tl.load(last_extra + bucket) - tl.maximum(count - 1, 0)
-    block = bucket % num_blocks
-    block_first_key, block_num_keys = tl.load(first_key + block), tl.load(num_keys + block)
-    for start in tl.range(0, count, WIDTH):
-        number = start + tl.arange(0, WIDTH)
-        exists = number < count
-        row = items + (first_item + number) * 8
-        item_begin = begin + number * entries_per_item
-        item_end = tl.minimum(item_begin + entries_per_item, end)
-        tl.store(row, item_begin, mask=exists)
-        tl.store(row + 1, tl.maximum(tl.minimum(own_begin, item_end), item_begin), mask=exists)
-        tl.store(row + 2, item_end, mask=exists)
-        tl.store(row + 3, tl.zeros_like(number) + block_first_key, mask=exists)
-        tl.store(row + 4, tl.zeros_like(number) + block_num_keys, mask=exists)
-        tl.store(row + 5, tl.zeros_like(number) + bucket // num_blocks, mask=exists)
-        tl.store(row + 6, tl.where(number > 0, first_extra + number - 1, -1), mask=exists)
+@triton.jit(do_not_specialize=["num_buckets", "max_extra_items", "entries_per_item"])
+def _number_extra_items_kernel(
+    edges, last_extra, extra_bucket, num_buckets, max_extra_items, entries_per_item, WIDTH: tl.constexpr
+):
+    """A single program: the running sum of the buckets' extra items, and the bucket of each of these."""
+    lane = tl.arange(0, WIDTH)
+    before = 0
+    for start in tl.range(0, num_buckets, WIDTH):
+        bucket = start + lane
+        exists = bucket < num_buckets
+        begin = tl.load(edges + 3 * bucket, mask=exists, other=0)
+        end = tl.load(edges + 3 * bucket + 3, mask=exists, other=0)
+        extras = tl.maximum(tl.cdiv(end - begin, entries_per_item) - 1, 0)
+        last = before + tl.cumsum(extras, 0)
+        tl.store(last_extra + bucket, last, mask=exists)
+        for number in tl.range(0, tl.max(extras, 0)):
+            tl.store(extra_bucket + last - extras + number, bucket, mask=number < extras)
+        before += tl.sum(extras, 0)
+    none = tl.full([WIDTH], -1, dtype=tl.int32)
+    for start in tl.range(before, max_extra_items, WIDTH):
+        tl.store(extra_bucket + start + lane, none, mask=start + lane < max_extra_items)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,15 +177,16 @@ class KeyBlockTable:
     @classmethod
     def build(cls, layout: DocumentLayout, num_keys: int, block_size: int) -> KeyBlockTable:
         """Cuts ``num_keys`` keys into blocks of ``block_size`` tokens, aligned to their documents."""
-        offsets = layout.document_offsets
-        blocks_of_document = (offsets.diff() + block_size - 1) // block_size
-        end_block = blocks_of_document.cumsum(0, dtype=torch.int32)
-        first_block = end_block - blocks_of_document
-        num_blocks = num_keys // block_size + layout.num_documents
-        block = torch.arange(num_blocks, dtype=torch.int32, device=layout.device)
-        document = torch.searchsorted(end_block, block, right=True).clamp(max=layout.num_documents - 1)
-        first_key = offsets[document] + (block - first_block[document]) * block_size
-        keys_left = (offsets[document + 1] - first_key).clamp(0, block_size)
+        documents = layout.num_documents
+        num_blocks = num_keys // block_size + documents
+        first_key, keys_left, first_block = (
+            torch.empty(size, dtype=torch.int32, device=layout.device)
+            for size in (num_blocks, num_blocks, documents)
+        )
+        _block_table_kernel[(documents,)](
+            layout.document_offsets, first_key, keys_left, first_block, num_blocks,
+            BLOCK=block_size, WIDTH=128, num_warps=4,
+        )  # fmt: skip
         return cls(first_key=first_key, num_keys=keys_left, first_block=first_block)
 
 
@@ -111,88 +194,116 @@ class KeyBlockTable:
 class Schedule:
     """The work of the kernels for one chunk of queries.
 
+    Items 0 .. buckets - 1 are the first of each bucket, empty ones among them; behind those come the *extra*
+    items of the buckets with more than ``entries_per_item`` entries. ``triton_tiles.find_item`` reads this.
+
     Attributes:
-        entries: int32 [E], entries sorted by bucket; within a bucket those whose query lies in the block
-            itself come last, each part in the order of the queries. Unused entries lie behind all buckets.
-        items: int32 [max_items, 8], one row per item:
-            0 first place in ``entries``; 1 first place whose query lies in the block itself, the only entries
-            that need a causal mask; 2 place behind the last (not above column 0: no such item); 3 packed
-            number of the block's first key; 4 keys in the block; 5 group; 6 row of the buffer for partial
-            key gradients, -1 for the first item of a bucket, which owns the bucket's part of the gradient
-            itself; 7 unused.
-        last_extra_item: int32 [Hkv * N], running sum over the buckets of the items behind each first one. It
-            is the end of a bucket's rows in the partial buffers, which begin where those of the bucket
-            before end.
-        max_extra_items: upper bound of the rows of the partial buffers.
-        used: int8 [Q, Hkv, slots], 1 where the entry is in some bucket.
-        place_in_block: int32 [Q], query position modulo the block size.
+        entries: int32 [E], entries sorted by bucket; within a bucket by kind, REST, SHARED, OWN, and each of
+            those in the order of the queries. Unused entries lie behind all buckets.
+        edges: int32 [KINDS * Hkv * N + 1], where each kind of each bucket begins in ``entries``.
+        last_extra: int32 [Hkv * N], running sum over the buckets of their extra items.
+        extra_bucket: int32 [upper bound of the extra items], the bucket of each; -1 behind the last.
+        kind: int8 [Q, Hkv, slots]: REST, SHARED, OWN (shared too, and the block holds the query), UNUSED.
+        shared_key: int32 [T, Hkv, max], packed number of the first key of the blocks that a tile shares.
+        shared_queries: int32 [T, Hkv, max], bit i: query i of the tile chose the block.
+        num_shared: int32 [T, Hkv], length of those lists.
+        tile_queries: queries in a tile.
+        own_key: int32 [Q], packed number of the key at the query's own place.
         blocks: the blocks.
         block_size: B.
+        entries_per_item: see above.
     """
 
     entries: Tensor
-    items: Tensor
-    last_extra_item: Tensor
-    max_extra_items: int
-    used: Tensor
-    place_in_block: Tensor
+    edges: Tensor
+    last_extra: Tensor
+    extra_bucket: Tensor
+    kind: Tensor
+    shared_key: Tensor
+    shared_queries: Tensor
+    num_shared: Tensor
+    tile_queries: int
+    own_key: Tensor
     blocks: KeyBlockTable
     block_size: int
+    entries_per_item: int
 
     @classmethod
     def build(
         cls,
         block_ids: Tensor,
-        query_document: Tensor,
-        query_position: Tensor,
+        layout: DocumentLayout,
         blocks: KeyBlockTable,
         *,
+        group: int,
         block_size: int,
         entries_per_item: int,
     ) -> Schedule:
-        """Sorts the entries of ``block_ids``, int32 [Q, Hkv, slots], into buckets; cuts those into items."""
+        """Schedules the entries of ``block_ids``, int32 [Q, Hkv, slots], of ``group`` query heads each."""
         device = block_ids.device
         block_ids = block_ids.contiguous()
-        _, groups, slots = block_ids.shape
+        queries, groups, slots = block_ids.shape
         num_entries = block_ids.numel()
         num_blocks = blocks.first_key.numel()
-        num_buckets = groups * num_blocks
 
-        order_key = torch.empty(num_entries, dtype=torch.int32, device=device)
-        used = torch.empty(block_ids.shape, dtype=torch.int8, device=device)
-        entries_per_program = 1024
-        _order_key_kernel[(triton.cdiv(num_entries, entries_per_program),)](
-            block_ids, query_document, query_position, blocks.first_block, order_key, used, num_entries,
-            num_blocks, GROUPS=groups, SLOTS=slots, BLOCK=block_size, ENTRIES=entries_per_program,
+        tile_queries = min(MAX_TILE_QUERIES, TILE_ROWS // group)
+        least = max(2, round(SHARED_PART * tile_queries))
+        num_tiles = triton.cdiv(queries, tile_queries)
+        max_shared = tile_queries * slots // least + tile_queries
+        options = {"dtype": torch.int32, "device": device}
+        order_key = torch.empty(num_entries, **options)
+        kind = torch.empty(block_ids.shape, dtype=torch.int8, device=device)
+        shared_key, shared_queries = (torch.empty(num_tiles, groups, max_shared, **options) for _ in range(2))
+        num_shared = torch.empty(num_tiles, groups, **options)
+        own_key = torch.empty(queries, **options)
+        padded_slots = triton.next_power_of_2(slots)
+        _sort_entries_kernel[(num_tiles, groups)](
+            block_ids, layout.query_document, layout.query_position, blocks.first_block, blocks.first_key,
+            order_key, kind, own_key, shared_key, shared_queries, num_shared, queries, num_blocks, least,
+            SLOTS=slots, PADDED_SLOTS=padded_slots, BLOCK=block_size, QUERIES=tile_queries,
+            MAX_SHARED=max_shared, WIDTH=min(16, padded_slots),
+            num_warps=min(16, max(4, tile_queries * padded_slots // 64)),
         )  # fmt: skip
         sorted_key, entries = order_key.sort(stable=True)
-
-        edges = torch.arange(2 * num_buckets + 1, dtype=torch.int32, device=device)
+        num_buckets = groups * num_blocks
+        edges = torch.arange(KINDS * num_buckets + 1, **options)
         edges = torch.searchsorted(sorted_key, edges, out_int32=True)
-        items_of_bucket = (edges[2::2] - edges[:-1:2] + (entries_per_item - 1)) // entries_per_item
-        counts = torch.stack([items_of_bucket, (items_of_bucket - 1).clamp(min=0)])
-        last_item, last_extra = counts.cumsum(1, dtype=torch.int32).unbind()
-
-        # Every bucket has at most one item that is not full.
         max_extra_items = num_entries // entries_per_item
-        max_items = max_extra_items + min(num_buckets, num_entries)
-        items = torch.zeros(max_items, ITEM_FIELDS, dtype=torch.int32, device=device)
-        _items_kernel[(num_buckets,)](
-            edges, last_item, last_extra, blocks.first_key, blocks.num_keys, items, num_blocks,
-            entries_per_item, WIDTH=32, num_warps=1,
+        last_extra, extra_bucket = (torch.empty(size, **options) for size in (num_buckets, max_extra_items))
+        _number_extra_items_kernel[(1,)](
+            edges, last_extra, extra_bucket, num_buckets, max_extra_items, entries_per_item,
+            WIDTH=2048, num_warps=8,
         )  # fmt: skip
         return cls(
             entries=entries.to(torch.int32),
-            items=items,
-            last_extra_item=last_extra,
-            max_extra_items=max_extra_items,
-            used=used,
-            place_in_block=query_position % block_size,
+            edges=edges,
+            last_extra=last_extra,
+            extra_bucket=extra_bucket,
+            kind=kind,
+            shared_key=shared_key,
+            shared_queries=shared_queries,
+            num_shared=num_shared,
+            tile_queries=tile_queries,
+            own_key=own_key,
             blocks=blocks,
             block_size=block_size,
+            entries_per_item=entries_per_item,
         )
+
+    @property
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """What the kernels that keep a block take: ``triton_tiles.find_item``'s, then entries and own_key."""
+        blocks = self.blocks
+        num_blocks, num_buckets = blocks.first_key.numel(), self.edges.numel() // KINDS
+        items = (self.edges, self.last_extra, self.extra_bucket, blocks.first_key, blocks.num_keys)
+        return (*items, num_blocks, num_buckets, self.entries_per_item, self.entries, self.own_key)
+
+    @property
+    def max_extra_items(self) -> int:
+        """Upper bound of the number of extra items."""
+        return self.extra_bucket.numel()
 
     @property
     def max_items(self) -> int:
         """Upper bound of the number of items: the grid of the kernels."""
-        return self.items.shape[0]
+        return self.edges.numel() // KINDS + self.max_extra_items

@@ -15,6 +15,39 @@ LN2 = math.log(2.0)
 
 
 @triton.jit
+def find_item(
+    edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, entries_per_item
+):
+    """The item of this program, see ``Schedule``.
+
+    Returns its first entry, the first behind those of kind REST, the first of kind OWN, the end (not above
+    the first: nothing to do); packed number of the block's first key, keys in the block, group; row of the
+    buffers for partial key gradients, -1 for the only item of a bucket.
+    """
+    number = tl.program_id(0)
+    is_first = number < num_buckets
+    extra = number - num_buckets
+    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
+    exists = bucket >= 0
+    bucket = tl.maximum(bucket, 0)
+    bucket_begin, bucket_end = tl.load(edges + 3 * bucket), tl.load(edges + 3 * bucket + 3)
+    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
+    begin = bucket_begin + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
+    end = tl.where(exists, tl.minimum(begin + entries_per_item, bucket_end), begin)
+    rest_end = tl.minimum(tl.maximum(tl.load(edges + 3 * bucket + 1), begin), end)
+    own_begin = tl.minimum(tl.maximum(tl.load(edges + 3 * bucket + 2), begin), end)
+    # First items lie behind the extra ones in the buffers, each where the number of its first extra one says.
+    row = tl.where(is_first, tl.num_programs(0) - num_buckets + first_extra, extra)
+    is_only = exists & (bucket_end - bucket_begin <= entries_per_item)
+    row = tl.where(is_only, -1, row)
+    block = bucket % num_blocks
+    return (
+        begin, rest_end, own_begin, end, tl.load(first_keys + block), tl.load(keys_in_block + block),
+        bucket // num_blocks, row,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_key_tile(
     source, first_key, num_keys, group, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -57,22 +90,24 @@ def mean_over_heads(tile, GROUP: tl.constexpr):
 
 
 @triton.jit
-def add_key_gradient(
-    gradient, partial, tile, extra, first_key, num_keys, group,
+def hand_in_key_gradient(
+    gradient, partial, tile, row, first_key, num_keys, group, is_first_chunk,
     GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Hands in an item's gradient [B, d] of its block's keys, without atomics, so that runs repeat bitwise.
 
-    The first item of a bucket (extra -1) adds to gradient, fp32 [K, Hkv, d]: nobody else touches that part.
-    The others write row ``extra`` of partial, fp32 [items, B, d]; ``sum_extra_items`` adds those in order.
+    The only item of a bucket (row -1) writes gradient [K, Hkv, d] in the first chunk of queries and adds to
+    it in the others: nobody else touches that part. Other items write their row of partial, fp32 [items, B,
+    d]; ``sum_items`` adds those in order.
     """
     place = tl.arange(0, BLOCK)
     dims = tl.arange(0, DIM)
-    if extra < 0:
-        row = (first_key + place).to(tl.int64) * GROUPS + group
-        pointers = gradient + row[:, None] * DIM + dims[None, :]
+    if row < 0:
+        key = (first_key + place).to(tl.int64) * GROUPS + group
+        pointers = gradient + key[:, None] * DIM + dims[None, :]
         in_block = place[:, None] < num_keys
-        tl.store(pointers, tl.load(pointers, mask=in_block, other=0.0) + tile, mask=in_block)
+        before = tl.load(pointers, mask=in_block & (is_first_chunk == 0), other=0.0).to(tl.float32)
+        tl.store(pointers, (before + tile).to(gradient.dtype.element_ty), mask=in_block)
     else:
-        row = extra.to(tl.int64) * BLOCK + place
-        tl.store(partial + row[:, None] * DIM + dims[None, :], tile)
+        target = row.to(tl.int64) * BLOCK + place
+        tl.store(partial + target[:, None] * DIM + dims[None, :], tile)
