@@ -5,14 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from msa_kernels.common import checks
-from msa_kernels.common.backend import Backend, Op
+from msa_kernels.common.backend import Backend, Implementation, Op
+from msa_kernels.common.compilation import outside_graphs
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.dense_kl.reference import dense_kl_reference
 
-_OP = Op(name="dense_kl", reference=dense_kl_reference)
+
+def _load_triton() -> Implementation:
+    from msa_kernels.dense_kl.triton_op import IMPLEMENTATION
+
+    return IMPLEMENTATION
 
 
+_OP = Op(name="dense_kl", reference=dense_kl_reference, triton=_load_triton)
+
+
+@outside_graphs
 def dense_kl(
     q: Tensor,
     k: Tensor,
