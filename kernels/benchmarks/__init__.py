@@ -1,0 +1,1 @@
+"""Benchmarks of msa_kernels: see README.md, run by run.py."""
