@@ -47,19 +47,20 @@ def main() -> None:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_msa.data.datasets import make_datasets_provider
-    from megatron_msa.training import megatron_hooks
+    from megatron_msa.training import lost_processes, megatron_hooks
     from megatron_msa.training.forward_step import forward_step
     from megatron_msa.training.run import TrainingRun
 
     set_global_variables(args, build_tokenizer=False)  # from here on: TensorBoard, W&B, signal handlers
     run = TrainingRun(args, model_config)
     megatron_hooks.install(run)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        make_datasets_provider(args, lambda: tokenizer),
-        ModelType.encoder_or_decoder,
-        partial(forward_step, on_batch=run.on_batch),
-    )
+    with lost_processes.explained(args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            make_datasets_provider(args, lambda: tokenizer),
+            ModelType.encoder_or_decoder,
+            partial(forward_step, on_batch=run.on_batch),
+        )
 
 
 if __name__ == "__main__":  # checkpointing starts processes that import this module again

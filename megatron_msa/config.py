@@ -12,6 +12,8 @@ from megatron_msa.errors import ConfigError
 from megatron_msa.layer_pattern import parse_layer_pattern
 from megatron_msa.phases import PhaseSchedule
 
+LAYOUTS = ("auto", "zigzag", "balanced", "documents")
+"""What `--msa-cp-layout` may be; `megatron_msa.attention.context_parallel` says what they mean."""
 _BACKENDS = ("auto", "triton", "reference")
 
 
@@ -56,6 +58,17 @@ class MSATransformerConfig(TransformerConfig):
     msa_quality_rows: int = 128
     """Query rows per layer and microbatch that the selection quality is measured on."""
 
+    msa_full_width_qk_norm: bool = False
+    """With --qk-layernorm: one RMSNorm over all heads of q together and one over all heads of k (as in
+    MiniMax-M2) instead of one per head. The index branch keeps a norm per head."""
+
+    msa_cp_layout: str = dataclasses.field(
+        default="auto", metadata={"argparse_meta": {"choices": list(LAYOUTS)}}
+    )
+    """How --context-parallel-size ranks share a sequence: zigzag (two of 2 C chunks each, Megatron's layout),
+    balanced (small chunks, dealt by causal area within documents), documents (zigzag of every document by
+    itself, padded to 2 C), or auto: balanced for packed documents, zigzag for whole sequences."""
+
     def __post_init__(self) -> None:
         # Before Megatron's own checks: their messages would name symptoms (a failed division) instead.
         _check_heads(self)
@@ -97,6 +110,13 @@ class MSATransformerConfig(TransformerConfig):
                 f"--msa-quality-interval {self.msa_quality_interval} and --msa-quality-rows "
                 f"{self.msa_quality_rows}: the interval must be 0 (never) or more, the rows at least 1"
             )
+        if self.msa_cp_layout not in LAYOUTS:
+            raise ConfigError(f"--msa-cp-layout is {self.msa_cp_layout!r}; allowed: {', '.join(LAYOUTS)}")
+        if self.msa_full_width_qk_norm and (not self.qk_layernorm or self.normalization != "RMSNorm"):
+            raise ConfigError(
+                "--msa-full-width-qk-norm needs --qk-layernorm and --normalization RMSNorm; add them or "
+                "leave it out"
+            )
         groups = self.num_query_groups
         if groups is not None and self.tensor_model_parallel_size > groups:
             raise ConfigError(
@@ -125,7 +145,6 @@ def _check_supported(config: MSATransformerConfig) -> None:
         ("--multi-latent-attention", config.multi_latent_attention, (False,)),
         ("--window-size", config.window_size, (None,)),
         ("--softmax-type", config.softmax_type, ("vanilla",)),
-        ("--context-parallel-size", config.context_parallel_size, (1,)),
         # These two read the largest score of each head, which the ops do not return.
         ("--qk-clip", config.qk_clip, (False,)),
         ("--log-max-attention-logit", config.log_max_attention_logit, (False,)),

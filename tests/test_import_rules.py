@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "megatron_msa"
 
 # Megatron's training package is large and, without a GPU, must be prepared for before it is imported. Two
 # modules subclass or read its settings; the rest of `data` imports it where it is used.
-MAY_IMPORT_MEGATRON_TRAINING = ("model/gpt.py", "data/preprocess.py")
+MAY_IMPORT_MEGATRON_TRAINING = ("model/gpt.py", "model/from_checkpoint.py", "data/preprocess.py")
 MAY_IMPORT_MEGATRON_TRAINING_LATE = "data/"
 
 

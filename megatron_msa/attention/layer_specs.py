@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_msa.attention.dense_attention import DocumentAttention
+from megatron_msa.attention.full_attention import FullSelfAttention
+from megatron_msa.attention.full_width_norm import full_width_norms
 from megatron_msa.attention.index_branch import IndexBranchSubmodules
 from megatron_msa.attention.rms_norm import RMSNorm
 from megatron_msa.attention.self_attention import MSASelfAttention, MSASelfAttentionSubmodules
@@ -95,11 +97,16 @@ def _layer_spec(spec: ModuleSpec, config: MSATransformerConfig, *, is_msa: bool)
         attention = replace(attention, core_attention=DocumentAttention)
         if config.qk_layernorm and not config.qk_l2_norm:
             attention = replace(attention, q_layernorm=norm, k_layernorm=norm)
+    if config.msa_full_width_qk_norm:
+        q_norm, k_norm = full_width_norms(config)
+        attention = replace(attention, q_layernorm=q_norm, k_layernorm=k_norm)
     if is_msa:
         # The index branch reads the normalised hidden states too, so Transformer Engine's fused norm and
         # projection cannot be used: a projection without a norm inside, and the norm before it.
         linear = _backend(config).column_parallel_linear()
         index_norm = None if attention.q_layernorm is IdentityOp else attention.q_layernorm
+        if config.msa_full_width_qk_norm:
+            index_norm = _norm(config)
         attention = MSASelfAttentionSubmodules(
             linear_qkv=linear,
             core_attention=attention.core_attention,
@@ -110,7 +117,11 @@ def _layer_spec(spec: ModuleSpec, config: MSATransformerConfig, *, is_msa: bool)
         )
         changes["input_layernorm"] = _norm(config)
         changes["sharded_state_dict_keys_map"] = layer.sharded_state_dict_keys_map | _INPUT_NORM_KEY
-    module = MSASelfAttention if is_msa else layer.self_attention.module
+    module = layer.self_attention.module
+    if is_msa:
+        module = MSASelfAttention
+    elif config.context_parallel_size > 1:
+        module = FullSelfAttention  # Megatron's takes the rotary embedding of its own layouts only
     changes["self_attention"] = replace(layer.self_attention, module=module, submodules=attention)
     return replace(spec, submodules=replace(layer, **changes))
 

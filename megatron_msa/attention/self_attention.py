@@ -6,7 +6,9 @@
     q, k, v, block ids -> output, KL              (KL attached to the output for the backward pass)
     output -> output projection
 
-What runs is decided by `phase`, which the training loop sets (see `megatron_msa.phases`).
+What runs is decided by `phase`, which the training loop sets (see `megatron_msa.phases`). Under context
+parallelism the queries are this rank's, the keys of all ranks are gathered (see `key_exchange`), and what is
+selected and lost is what a single rank would select and lose.
 """
 
 from __future__ import annotations
@@ -15,19 +17,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.utils import get_pg_size
-from msa_kernels import block_select, dense_kl, selection_quality, sparse_attention
+from msa_kernels import DocumentLayout, block_select, dense_kl, selection_quality, sparse_attention
 from torch import Tensor
 
+from megatron_msa.attention import selection_replay
+from megatron_msa.attention.context_parallel import TokenLayout
+from megatron_msa.attention.full_attention import FullSelfAttention
 from megatron_msa.attention.index_branch import IndexBranch, IndexBranchSubmodules
+from megatron_msa.attention.key_exchange import KeyExchange, kept_as_shards
 from megatron_msa.attention.kl_loss import attach_loss, kl_objective, set_loss_scale
 from megatron_msa.attention.layer_metrics import QUALITY_NAMES, LayerMetrics
-from megatron_msa.attention.packing import document_layout, document_offsets, from_packed, to_packed
+from megatron_msa.attention.packing import document_layout, from_packed, to_packed
 from megatron_msa.config import MSATransformerConfig
 from megatron_msa.phases import Phase
+
+_INDEX_KEY = 0
+"""Its number among the tensors that are exchanged; it is needed first."""
 
 
 @dataclass
@@ -37,7 +45,7 @@ class MSASelfAttentionSubmodules(SelfAttentionSubmodules):
     index_branch: IndexBranchSubmodules | None = None
 
 
-class MSASelfAttention(SelfAttention):
+class MSASelfAttention(FullSelfAttention):
     """Self attention of one MSA layer; input and output [s, b, hidden] as in Megatron."""
 
     def __init__(
@@ -48,160 +56,113 @@ class MSASelfAttention(SelfAttention):
         self.index_branch = IndexBranch(config, submodules.index_branch, self.pg_collection)
         # Here, not where the model is built: without it the schedules would leave the KL unscaled, silently.
         config.experimental_attention_variant_loss_scale_func = set_loss_scale
+        if config.recompute_granularity == "full":
+            selection_replay.install()
         self.phase = config.phase_schedule().phases[0]
         self.metrics = LayerMetrics()
         self.sample_quality = False
         """Measure the selection in the next forward pass that computes the KL loss, then turn itself off."""
 
-    def forward(
+    def _attention(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        key_value_states: Tensor | None = None,
-        inference_context: Any | None = None,
-        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
-        rotary_pos_cos: Tensor | None = None,
-        rotary_pos_sin: Tensor | None = None,
-        rotary_pos_cos_sin: Tensor | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        sequence_len_offset: int | None = None,
-        *,
-        inference_params: Any | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See Megatron's `Attention.forward`; inference contexts are not accepted here.
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tables: tuple[Tensor | None, Tensor | None],
+        packed_seq_params: PackedSeqParams | None,
+        tokens: TokenLayout | None,
+    ) -> tuple[Tensor, KeyExchange | None]:
+        """See `FullSelfAttention._attention`."""
+        if not self.phase.has_kl:
+            return super()._attention(hidden_states, query, key, value, tables, packed_seq_params, tokens)
+        layout = document_layout(query, packed_seq_params, tokens)
+        batch_size = None if query.dim() == 3 else query.shape[1]
+        index_query, index_key = self.index_branch(hidden_states)
+        if batch_size is None:
+            index_query, index_key = index_query.squeeze(1), index_key.squeeze(1)
 
-        Raises:
-            NotImplementedError: an inference context or an attention bias was passed.
-        """
-        if inference_context is not None or inference_params is not None:
-            raise NotImplementedError("MSASelfAttention has no inference cache; run the full forward pass")
-        if attention_bias is not None:
-            raise NotImplementedError("MSASelfAttention takes no attention bias")
-        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
-            rotary_pos_emb = None
+        # Under context parallelism the index keys are on their way while the queries are rotated, keys and
+        # values while the blocks are selected.
+        index_key = to_packed(self._rotate(index_key, tables[1]))
+        key, value = to_packed(self._rotate(key, tables[1])), to_packed(value)
+        exchange = None
+        if tokens is not None:
+            exchange = KeyExchange(tokens, self.pg_collection.cp)
+            index_key, key, value = exchange.send(index_key, key, value)
+            exchange.start(_INDEX_KEY)
+        query = to_packed(self._rotate(query, tables[0]))
+        index_query = to_packed(self._rotate(index_query, tables[0]))
+        if exchange is not None:
+            exchange.start()
 
-        gate = None
-        if self.config.attention_output_gate:
-            query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
-        else:
-            query, key, value = self.get_query_key_value_tensors(hidden_states)
-        index: dict[str, Tensor] = {}
-        if self.phase.has_kl:
-            index["index_query"], index["index_key"] = self.index_branch(hidden_states)
-
-        offsets = document_offsets(packed_seq_params)
-        if offsets is not None:
-            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-            index = {name: x.squeeze(1) for name, x in index.items()}
-        if rotary_pos_emb is not None:
-            q_emb, k_emb = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
-            query = self._rotate(query, q_emb, offsets)
-            key = self._rotate(key, k_emb, offsets)
-            if index:
-                index["index_query"] = self._rotate(index["index_query"], q_emb, offsets)
-                index["index_key"] = self._rotate(index["index_key"], k_emb, offsets)
+        extra = {"layout": layout, "index_query": index_query, "index_key": index_key, "exchange": exchange}
         if self.phase is Phase.SPARSE:
             # Outside the recomputed region: selective recomputation replays the saved selection.
-            index |= self._select(index["index_query"], index["index_key"], packed_seq_params)
-
-        if self.checkpoint_core_attention and self.training:
-            output = self._checkpointed_attention_forward(
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=self.attn_mask_type,
-                packed_seq_params=packed_seq_params,
-                core_attention_extra_kwargs=index,
-            )
-        else:
-            output = self._run_core_attention(
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=self.attn_mask_type,
-                packed_seq_params=packed_seq_params,
-                **index,
-            )
-        if offsets is not None:
-            output = output.reshape(output.size(0), 1, -1)
-        if gate is not None:
-            output = self._apply_output_gate(output, gate)
-        return self.linear_proj(output)
-
-    def _rotate(self, x: Tensor, embedding: Tensor | None, offsets: Tensor | None) -> Tensor:
-        if embedding is None:
-            return x
-        return apply_rotary_pos_emb(
-            x,
-            embedding,
-            config=self.config,
-            cu_seqlens=offsets,
-            mscale=self._yarn_concentration_factor,
-            cp_group=self.pg_collection.cp,
-        )
+            extra |= self._select(index_query, index_key, layout, exchange)
+        output = self._core_attention(query, key, value, packed_seq_params, extra)
+        return from_packed(output, batch_size), exchange
 
     def _select(
-        self, index_query: Tensor, index_key: Tensor, packed_seq_params: PackedSeqParams | None
+        self, index_query: Tensor, index_key: Tensor, layout: DocumentLayout, exchange: KeyExchange | None
     ) -> dict[str, Tensor]:
-        selection = block_select(
-            to_packed(index_query),
-            to_packed(index_key),
-            document_layout(index_query, packed_seq_params),
-            block_size=self.config.msa_block_size,
-            num_selected_blocks=self.config.msa_num_selected_blocks,
-            backend=self.config.msa_backend,
+        selection = selection_replay.selected_once(
+            lambda: block_select(
+                index_query,
+                index_key if exchange is None else exchange.peek(_INDEX_KEY),
+                layout,
+                block_size=self.config.msa_block_size,
+                num_selected_blocks=self.config.msa_num_selected_blocks,
+                with_lse=False,
+                backend=self.config.msa_backend,
+            )
         )
-        return {"block_ids": selection.block_ids, "index_lse": selection.index_lse}
+        return {"block_ids": selection.block_ids}
 
     def _run_core_attention(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        *,
+        *args: Any,
+        layout: DocumentLayout | None = None,
         index_query: Tensor | None = None,
         index_key: Tensor | None = None,
+        exchange: KeyExchange | None = None,
         block_ids: Tensor | None = None,
-        index_lse: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Megatron's hook: also what `_checkpointed_attention_forward` recomputes."""
-        if index_query is None:
-            output = super()._run_core_attention(
-                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
-            return self._touch_index_branch(output)
-        assert index_key is not None
+        """Megatron's hook: also what `_checkpointed_attention_forward` recomputes.
 
-        layout = document_layout(query, packed_seq_params)
-        batch_size = None if query.dim() == 3 else query.shape[1]
-        q, k, v = to_packed(query), to_packed(key), to_packed(value)
-        index_q, index_k = to_packed(index_query), to_packed(index_key)
+        Without ``layout`` the phase has no KL, and tensors and arguments are Megatron's. With it all tensors
+        are packed, [t, h, d], the keys are this rank's, and the output is [t, h, d].
+        """
+        if layout is None:
+            return self._touch_index_branch(super()._run_core_attention(query, key, value, *args, **kwargs))
+        assert index_query is not None
+        assert index_key is not None
+        if exchange is not None:
+            index_key, key, value = exchange.receive(index_key, key, value)
         # In the first, gradient-free pass of activation recomputation and in evaluation there is nothing to
         # train and nothing to count; the pass that records gradients does both exactly once.
         with_kl = self.training and torch.is_grad_enabled()
-        kl_inputs = {"index_q": index_q, "index_k": index_k} if with_kl else {}
+        kl_inputs = {"index_q": index_query, "index_k": index_key} if with_kl else {}
         common = {"softmax_scale": self.config.softmax_scale, "backend": self.config.msa_backend, **kl_inputs}
-        if block_ids is None:
-            result = dense_kl(q, k, v, layout, **common)
-        else:
-            if with_kl:
-                common["index_lse"] = index_lse
-            result = sparse_attention(
-                q, k, v, block_ids, layout, block_size=self.config.msa_block_size, **common
-            )
-        output = from_packed(result.out, batch_size)
+        # A recomputed core attention is followed by its backward pass at once.
+        with kept_as_shards(None if self.checkpoint_core_attention else exchange):
+            if block_ids is None:
+                result = dense_kl(query, key, value, layout, **common)
+            else:
+                block_size = self.config.msa_block_size
+                result = sparse_attention(
+                    query, key, value, block_ids, layout, block_size=block_size, **common
+                )
+        output = result.out
         if with_kl:
             self.metrics.add("kl", result.kl)
             if self.sample_quality:
                 self.sample_quality = False
-                self._measure_quality(q, k, index_q, index_k, block_ids, layout)
+                self._measure_quality(query, key, index_query, index_key, block_ids, layout)
             output = attach_loss(output, self._objective(result.kl))
         return output
 
@@ -224,7 +185,13 @@ class MSASelfAttention(SelfAttention):
 
     @torch.no_grad()
     def _measure_quality(
-        self, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_ids: Tensor | None, layout: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        block_ids: Tensor | None,
+        layout: DocumentLayout,
     ) -> None:
         """Compare the selection with the main attention on evenly spaced query rows."""
         num_rows = q.shape[0]
@@ -239,6 +206,7 @@ class MSASelfAttention(SelfAttention):
                 row_layout,
                 block_size=self.config.msa_block_size,
                 num_selected_blocks=self.config.msa_num_selected_blocks,
+                with_lse=False,
                 backend=self.config.msa_backend,
             ).block_ids
         else:

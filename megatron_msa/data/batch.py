@@ -4,15 +4,15 @@ Layouts, with B = micro batch size, S = sequence length, C = context-parallel si
 
 - plain: tokens, labels, loss_mask, position_ids are [B, S/C]. Attention sees hidden states [S/C, B, H]
   (S/C/TP with sequence parallelism), positions run over the whole sequence, and `packed_seq_params` is None.
-  With C > 1 the sequence is cut into 2C chunks and rank r holds chunks r and 2C-1-r
-  (`megatron.core.utils.get_batch_on_this_cp_rank`).
-- separated documents (`--dataloader-inter-document-masking`): the B samples are laid end to end, [1, B*S],
-  sample 0 first. Attention sees hidden states [B*S, 1, H] (B*S/TP before the QKV projection with sequence
-  parallelism), and after Megatron's SelfAttention has dropped the batch dimension q, k, v are [B*S, heads,
-  dim]. The documents are in `packed_seq_params` (qkv_format "thd"): cu_seqlens_q and cu_seqlens_kv are the
-  same int32 tensor [documents + 1], from 0 to B*S. A sample's start always is a document's start: the part of
-  a document that a sample begins with is a document of its own, at position 0. position_ids restart with each
-  document, and so does Megatron's RoPE.
+- separated documents (`--dataloader-inter-document-masking`): the B samples are laid end to end, [1, B*S/C],
+  sample 0 first. Attention sees hidden states [B*S/C, 1, H] (B*S/C/TP before the QKV projection with sequence
+  parallelism), and after the batch dimension has been dropped q, k, v are [B*S/C, heads, dim]. The documents
+  are in `packed_seq_params` (qkv_format "thd"), those of all context-parallel ranks: cu_seqlens_q and
+  cu_seqlens_kv are the same int32 tensor [documents + 1], from 0 to B*S. A sample's start always is a
+  document's start: the part of a document that a sample begins with is a document of its own, at position 0.
+  position_ids restart with each document, and so does RoPE.
+
+With C > 1 `megatron_msa.attention.context_parallel` says which tokens are this rank's (`--msa-cp-layout`).
 
 What Megatron 0.19.2 does with that flag, as read and tried: GPTDataset returns cu_seqlens per sample, padded
 to S + 1 entries, plus max_seqlen, and restarts position_ids; nothing else in the wheel but the FLOP count and
@@ -21,9 +21,9 @@ label of a document's last token is the next document's first token, as in plain
 drops that term. Megatron's DotProductAttention refuses packed sequences, so full-attention layers need
 Transformer Engine or this package's own.
 
-Not supported with separated documents, and refused: C > 1 (Megatron cuts whole sequences, while its packed
-RoPE expects each document to be cut), and pipeline stages with B > 1 (the stages exchange [S, B, H] buffers,
-which a [B*S, 1, H] tensor fills without an error but in another order).
+Not supported with separated documents, and refused: pipeline stages with B > 1 (the stages exchange [S, B, H]
+buffers, which a [B*S, 1, H] tensor fills without an error but in another order), and C > 1 with multi-token
+prediction, unless every document is cut by itself (Megatron's shift of packed labels expects that).
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
-    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 
+from megatron_msa.attention.context_parallel import batch_layout, layout_kind
+from megatron_msa.attention.packing import attached_token_layout
 from megatron_msa.errors import ConfigError
 
-# What the helpers of Megatron look up in a batch. Other keys of a dataset (dataset_id of a blend) are left
-# out: the context-parallel cut would take them for sequences.
+# What the helpers of Megatron look up in a batch; other keys (dataset_id of a blend) are left out.
 _BATCH_KEYS = (
     "tokens",
     "labels",
@@ -58,13 +58,14 @@ _BATCH_KEYS = (
     "local_cp_size",
     "hybrid_cp_group",
 )
+_TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class Batch(NamedTuple):
     """One microbatch on this rank; the pipeline stage decides which tensors are None. Layouts: see above."""
 
     tokens: torch.Tensor | None
-    """[B, S/C] or [1, B*S], int64; first stage (and stages with multi-token prediction)."""
+    """[B, S/C] or [1, B*S/C], int64; first stage (and stages with multi-token prediction)."""
     labels: torch.Tensor | None
     """Like tokens, shifted by one; last stage (and stages with multi-token prediction)."""
     loss_mask: torch.Tensor | None
@@ -86,6 +87,9 @@ class BatchSettings:
     eval_micro_batch_size: int
     separate_documents: bool = False
     """Keep attention and positions inside documents (`--dataloader-inter-document-masking`)."""
+    context_parallel_size: int = 1
+    cp_layout: str = "auto"
+    """`--msa-cp-layout`."""
     mtp_num_layers: int | None = None
     pipeline_layout: PipelineParallelLayerLayout | None = None
     """The custom pipeline layout, if any; it says where multi-token prediction lies."""
@@ -106,20 +110,29 @@ class BatchSettings:
             # Megatron's sampler for full validation passes draws one sample at a time.
             eval_micro_batch_size=1 if args.full_validation else args.eval_micro_batch_size,
             separate_documents=args.dataloader_inter_document_masking,
+            context_parallel_size=args.context_parallel_size,
+            cp_layout=args.msa_cp_layout,
             mtp_num_layers=args.mtp_num_layers,
             pipeline_layout=layout,
         )
+        if settings.context_parallel_size > 1 and settings.mtp_num_layers:
+            settings._check_shifted_labels()
         if settings.separate_documents:
-            settings._check_layout(args.context_parallel_size, args.pipeline_model_parallel_size)
+            settings._check_stages(args.pipeline_model_parallel_size)
         return settings
 
-    def _check_layout(self, context_parallel_size: int, pipeline_size: int) -> None:
-        if context_parallel_size > 1:
+    def _check_shifted_labels(self) -> None:
+        """Megatron's multi-token prediction shifts labels across ranks in its own layouts only."""
+        kind = layout_kind(self.cp_layout, packed=self.separate_documents)
+        needed = "documents" if self.separate_documents else "zigzag"
+        if kind != needed:
             raise ConfigError(
-                f"--dataloader-inter-document-masking with --context-parallel-size {context_parallel_size} "
-                "is not supported: documents are not cut across context-parallel ranks yet. Use "
-                "--context-parallel-size 1, or leave the documents joined."
+                f"--mtp-num-layers {self.mtp_num_layers} with --context-parallel-size "
+                f"{self.context_parallel_size} needs --msa-cp-layout {needed}, got {self.cp_layout}: "
+                "Megatron shifts the labels of that layout only. Change it, or leave out one of the others."
             )
+
+    def _check_stages(self, pipeline_size: int) -> None:
         largest = max(self.micro_batch_size, self.eval_micro_batch_size)
         if pipeline_size > 1 and largest > 1:
             raise ConfigError(
@@ -176,7 +189,7 @@ def get_batch(
         create_attention_mask_in_dataloader=False,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_size=1,  # with more ranks it asks for padded offsets, which only Megatron's own cut needs
         tp_rank=tp_rank,
         micro_batch_size=settings.eval_micro_batch_size if evaluating else settings.micro_batch_size,
         seq_length=settings.seq_length,
@@ -187,18 +200,16 @@ def get_batch(
     )
 
     documents = None
+    samples = 1
     if settings.separate_documents:
         samples = batch["cu_seqlens"].shape[0]
         batch = flatten_batch_for_packed_sequences(batch)
         documents = packed_seq_params(
             batch["cu_seqlens"][0], longest=int(batch["max_seqlen"].item()), samples=samples
         )
+    _cut_for_this_cp_rank(batch, documents, settings, samples)
     if not holds_tokens:
         return Batch(None, None, None, None, None, documents)
-
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
     return Batch(
         tokens=batch["tokens"],
         labels=batch["labels"],
@@ -207,6 +218,31 @@ def get_batch(
         position_ids=batch["position_ids"],
         packed_seq_params=documents,
     )
+
+
+def _cut_for_this_cp_rank(
+    batch: dict[str, Any], documents: PackedSeqParams | None, settings: BatchSettings, samples: int
+) -> None:
+    """Leave this context-parallel rank's tokens in the batch; note the layout in ``documents``."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return
+    cut = {"size": size, "rank": parallel_state.get_context_parallel_rank()}
+    layout = None
+    if documents is not None:
+        layout = attached_token_layout(documents, settings.cp_layout, samples=samples, **cut)
+        if documents.tokens_per_sample is not None:
+            # Only this layout leaves each rank the same part of each sample.
+            is_zigzag = layout_kind(settings.cp_layout, packed=True) == "zigzag"
+            documents.tokens_per_sample = documents.tokens_per_sample // size if is_zigzag else None
+    for name in _TOKEN_KEYS:
+        values = batch.get(name)
+        if values is not None:
+            if layout is None:
+                layout = batch_layout(
+                    settings.cp_layout, batch=1, length=values.shape[1], device=values.device, **cut
+                )
+            batch[name] = values.index_select(1, layout.local)
 
 
 def packed_seq_params(cu_seqlens: torch.Tensor, *, longest: int, samples: int = 1) -> PackedSeqParams:

@@ -39,17 +39,13 @@ class MSAModelConfig(GPTModelConfig):
 
     def _check_rotary_dimensions(self) -> None:
         """The index branch gets the rotary embedding of the attention heads and must be as wide as it."""
-        if self.position_embedding_type not in ("rope", "yarn"):
-            return
-        channels, head_dim = self.transformer.kv_channels, self.transformer.msa_indexer_head_dim
-        assert channels is not None
+        head_dim, rotary = self.transformer.msa_indexer_head_dim, rotary_dims(self)
         assert head_dim is not None
-        rotary = int(channels * min(self.rotary_percent, 1.0))
         if head_dim < rotary:
             raise ConfigError(
                 f"--msa-indexer-head-dim is {head_dim} but the rotary embedding turns {rotary} dimensions of "
-                f"each head (--kv-channels {channels} times --rotary-percent {self.rotary_percent}); use at "
-                f"least {rotary}, or a smaller --rotary-percent"
+                f"each head (--kv-channels {self.transformer.kv_channels} times --rotary-percent "
+                f"{self.rotary_percent}); use at least {rotary}, or a smaller --rotary-percent"
             )
 
 
@@ -72,7 +68,7 @@ class MSAModelBuilder(GPTModelBuilder):
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
-        return GPTModel(
+        model = GPTModel(
             config=config,
             transformer_layer_spec=msa_block_spec(config, vp_stage),
             mtp_block_spec=msa_mtp_spec(config, vp_stage),
@@ -93,6 +89,18 @@ class MSAModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if hasattr(model, "rotary_pos_emb"):
+            # Without a group the table is not cut: the attention layers pick the rows of their own layout.
+            model.rotary_pos_emb.cp_group = None
+        return model
+
+
+def rotary_dims(model_config: GPTModelConfig) -> int:
+    """Number of leading dimensions of an attention head that the rotary embedding turns."""
+    if model_config.position_embedding_type not in ("rope", "yarn"):
+        return 0
+    assert model_config.transformer.kv_channels is not None
+    return int(model_config.transformer.kv_channels * min(model_config.rotary_percent, 1.0))
 
 
 def padded_vocab_size(model_config: GPTModelConfig) -> int:

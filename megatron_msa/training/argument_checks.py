@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_msa.errors import ConfigError
 from megatron_msa.phases import PhaseSchedule
+from megatron_msa.training.layout_checks import check_layout
 from megatron_msa.training.phase_control import freezes
 
 
@@ -44,7 +45,7 @@ def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
             f"--seq-length {args.seq_length} is not a multiple of --msa-block-size {args.msa_block_size}; "
             "use a sequence length of whole blocks"
         )
-    _check_batch_size(args)
+    check_layout(args)
     if args.save and not args.save_interval:
         raise ConfigError("--save is set without --save-interval; say every how many iterations to save")
     if args.wandb_project:
@@ -87,20 +88,6 @@ def _unsupported(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
         ("--perform-rl-step", args.perform_rl_step, "pretraining"),
     ]
     return [(flag, value, allowed) for flag, value, allowed in settings if value]
-
-
-def _check_batch_size(args: argparse.Namespace) -> None:
-    model_ranks = (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
-    if not args.global_batch_size or not args.micro_batch_size or args.world_size % model_ranks:
-        return  # Megatron completes the first, and refuses the others
-    replicas = args.world_size // model_ranks
-    if args.global_batch_size % (args.micro_batch_size * replicas) and not args.decrease_batch_size_if_needed:
-        raise ConfigError(
-            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size "
-            f"{args.micro_batch_size} times {replicas} data-parallel ranks"
-        )
 
 
 def _check_wandb(args: argparse.Namespace) -> None:

@@ -9,13 +9,14 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from megatron_msa.attention import index_initialization
 from megatron_msa.attention.layer_specs import msa_layer_specs
 from megatron_msa.checkpoint.inspection import check_checkpoint
 from megatron_msa.config import MSATransformerConfig, msa_field_names
 from megatron_msa.data.datasets import validate_data_paths
 from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args
 from megatron_msa.errors import ConfigError
-from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size
+from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
 from megatron_msa.training import argument_checks, megatron_fixes, no_gpu
 
 _NO_EVALUATION_INTERVAL = 10**12
@@ -38,6 +39,16 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         "--eval-at-start",
         action="store_true",
         help="Validate once before the first step of a fresh run, so that its curve has a start.",
+    )
+    group.add_argument(
+        "--msa-init-index",
+        nargs="?",
+        const=index_initialization.DEFAULT_METHOD,
+        choices=index_initialization.METHODS,
+        help="Continue from a dense (GQA) checkpoint: initialise the index branches that it lacks, at "
+        "random, with the mean query head of each group and the mean key head, or with the best low-rank "
+        f"approximation of the groups' scores. Without a value: {index_initialization.DEFAULT_METHOD}. Index "
+        "branches that it has are loaded as they are.",
     )
     group.add_argument(
         "--metrics-file",
@@ -125,7 +136,16 @@ def model_config_from_args(args: argparse.Namespace) -> MSAModelConfig:
     with _megatron_refusals():
         transformer = core_transformer_config_from_args(args, MSATransformerConfig)
         config = gpt_config_from_args(args, config=transformer, model_config_cls=MSAModelConfig)
+        config.rope_scaling_factor = args.rope_scaling_factor  # which 0.19.2 forgets
         msa_layer_specs(transformer)  # builds no module, but refuses what no layer can be made of
+    if args.msa_init_index is not None:
+        index_initialization.check_method(
+            args.msa_init_index,
+            head_dim=transformer.kv_channels,
+            index_head_dim=transformer.msa_indexer_head_dim,
+            num_groups=transformer.num_query_groups,
+            rotary_dims=rotary_dims(config),
+        )
     check_checkpoint(args, transformer, padded_vocab_size(config))
     return config
 

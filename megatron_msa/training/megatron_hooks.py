@@ -1,13 +1,15 @@
 """The places where this project enters Megatron's training loop (megatron-core 0.19.2).
 
-`pretrain()` offers no callback per step, so seven functions of `megatron.training.training` are wrapped. Each
-wrapper calls Megatron's own function; nothing of it is replaced.
+`pretrain()` offers no callback per step, so seven functions of `megatron.training.training` and one of
+`megatron.training.checkpointing` are wrapped. Each wrapper calls Megatron's own function; nothing of it is
+replaced.
 
 - `get_megatron_optimizer_config`: adds the index branch's learning rate to the parameter groups;
 - `setup_model_and_optimizer`: hands out the model and the optimizer once they exist;
 - `train`: validates once before the first step of a fresh run, if asked;
 - `train_step`: announces a step before it runs;
 - `training_log`: called after every step, with what Megatron is about to print;
+- `_load_global_dist_base_checkpoint`: may change what is asked of a checkpoint and what came of it;
 - `evaluate_and_print_results` and `evaluate`: announce an evaluation and hand out its losses.
 """
 
@@ -16,15 +18,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-from megatron.training import training
+from megatron.training import checkpointing, training
 
 
 class TrainingHooks(Protocol):
     """What the training loop calls."""
 
     def optimizer_overrides(self) -> dict[Any, Any]: ...
+    def load(self, checkpoint: Path, request: dict[str, Any], read: Callable[[], dict[str, Any]]) -> None: ...
     def on_setup(self, model: list[Any], optimizer: Any) -> None: ...
     def evaluates_first(self) -> bool: ...
     def before_step(self, iteration: int) -> None: ...
@@ -42,12 +47,13 @@ def install(hooks: TrainingHooks) -> None:
     _wrap("training_log", lambda original: _training_log(original, hooks))
     _wrap("evaluate_and_print_results", lambda original: _evaluate_and_print(original, hooks))
     _wrap("evaluate", lambda original: _evaluate(original, hooks))
+    _wrap("_load_global_dist_base_checkpoint", lambda original: _load(original, hooks), checkpointing)
 
 
-def _wrap(name: str, make: Callable[[Any], Any]) -> None:
+def _wrap(name: str, make: Callable[[Any], Any], module: ModuleType = training) -> None:
     # Unwrap first: a second run in one process must not run the hooks of the first.
-    original = inspect.unwrap(getattr(training, name))
-    setattr(training, name, functools.wraps(original)(make(original)))
+    original = inspect.unwrap(getattr(module, name))
+    setattr(module, name, functools.wraps(original)(make(original)))
 
 
 def _optimizer_config(original: Any, hooks: TrainingHooks) -> Any:
@@ -63,6 +69,29 @@ def _setup(original: Any, hooks: TrainingHooks) -> Any:
         model, optimizer, scheduler = original(*args, **kwargs)
         hooks.on_setup(model, optimizer)
         return model, optimizer, scheduler
+
+    return wrapper
+
+
+def _load(original: Any, hooks: TrainingHooks) -> Any:
+    signature = inspect.signature(original)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs).arguments
+        request = values["sharded_state_dict"]
+        if values["rank0"] or request is None:  # only the arguments are read
+            return original(*args, **kwargs)
+        folder = checkpointing.get_checkpoint_name(
+            values["load_dir"], values["iteration"], values["release"], return_base_dir=True
+        )
+        results: list[Any] = []
+
+        def read() -> dict[str, Any]:
+            results.extend(original(*args, **kwargs))
+            return results[0]
+
+        hooks.load(Path(folder), request, read)
+        return tuple(results)
 
     return wrapper
 

@@ -188,7 +188,10 @@ def _layer_parameters(
         counts["attention"] += _qkv_width(config)
     if config.add_bias_linear:
         counts["attention"] += hidden
-    if config.qk_layernorm:
+    if config.qk_layernorm and config.msa_full_width_qk_norm:
+        for heads in (config.num_attention_heads, config.num_query_groups):
+            counts["norms"] += _norm_parameters(config, heads * config.kv_channels)
+    elif config.qk_layernorm:
         counts["norms"] += 2 * _norm_parameters(config, config.kv_channels)
     if kind.is_msa:
         counts["index_branch"] = index_matrix_size(config)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.phases import Phase, PhaseSchedule
 
+NOTABLE_EXCESS = 1.5
+"""Updates this many times too large are worth a warning."""
+
 
 def is_index_parameter(parameter: Tensor) -> bool:
     """Whether a model parameter belongs to an index branch."""
@@ -55,7 +58,7 @@ class PhaseAwareStep:
         self.model = model
         self.phase: Phase | None = None
         self._step: Callable[[], Any] = optimizer.step
-        for megatron_optimizer in _parts(optimizer):
+        for megatron_optimizer in optimizer_parts(optimizer):
             inner = getattr(megatron_optimizer, "optimizer", None)
             if isinstance(inner, torch.optim.Optimizer):  # a rank without parameters has none
                 inner.register_step_pre_hook(self._hide_frozen(megatron_optimizer))
@@ -75,7 +78,7 @@ class PhaseAwareStep:
             if self.phase is None or not freezes(self.phase):
                 return
             _complete_state(megatron_optimizer)
-            for model_parameter, main_parameter in _pairs(megatron_optimizer):
+            for model_parameter, main_parameter in parameter_pairs(megatron_optimizer):
                 if is_frozen(model_parameter, self.phase):
                     main_parameter.grad = None
                     if hasattr(main_parameter, "decoupled_grad"):  # of the precision-aware optimizer
@@ -85,6 +88,11 @@ class PhaseAwareStep:
                         state["step"] += 1
 
         return hook
+
+
+def largest_excess(beta1: float, beta2: float) -> float:
+    """How many times too large Adam's first updates get without bias correction: see `late_start_warning`."""
+    return max((1 - beta1**t) / (1 - beta2**t) ** 0.5 for t in range(1, 200))
 
 
 def late_start_warning(schedule: PhaseSchedule, *, beta1: float, beta2: float) -> str | None:
@@ -100,8 +108,8 @@ def late_start_warning(schedule: PhaseSchedule, *, beta1: float, beta2: float) -
         ("index branch", "trains_index_branch") if first.trains_backbone else ("backbone", "trains_backbone")
     )
     starts = [s for p, s in zip(schedule.phases, schedule.starts, strict=True) if getattr(p, trains)]
-    excess = max((1 - beta1**t) / (1 - beta2**t) ** 0.5 for t in range(1, 200))
-    if not starts or excess < 1.5:
+    excess = largest_excess(beta1, beta2)
+    if not starts or excess < NOTABLE_EXCESS:
         return None
     return (
         f"the {part} starts to train at {starts[0]:,} {schedule.unit} without Adam's bias correction: with "
@@ -110,7 +118,8 @@ def late_start_warning(schedule: PhaseSchedule, *, beta1: float, beta2: float) -
     )
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that one of several is made of (dense and expert parameters, model chunks)."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
@@ -124,7 +133,7 @@ def _complete_state(optimizer: MegatronOptimizer) -> None:
                 optimizer.optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
 
 
-def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+def parameter_pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """(model parameter, the tensor that the inner optimizer updates for it), per kind of optimizer."""
     if isinstance(optimizer, FP32Optimizer):
         for group in optimizer.optimizer.param_groups:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.data.batch import Batch
-from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size
+from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
 from megatron_msa.phases import Phase, PhaseSchedule
 from megatron_msa.training.console import StepLine
 from megatron_msa.training.hardware import peak_bf16_tflops
+from megatron_msa.training.index_start import IndexBranchStart
 from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
+from megatron_msa.training.parameter_groups import SavedGroups
 from megatron_msa.training.phase_control import PhaseAwareStep, late_start_warning, set_phase
 from megatron_msa.training.speed import AttendedPairs, speed
 
@@ -68,6 +70,9 @@ class TrainingRun:
         self.phase: Phase | None = None
         self.model: list[torch.nn.Module] = []
         self.step: PhaseAwareStep | None = None
+        self.index_start: IndexBranchStart | None = None
+        if args.msa_init_index is not None:
+            self.index_start = IndexBranchStart(args.msa_init_index, self.config, rotary_dims(model_config))
         self.pairs = AttendedPairs(self.config, args.seq_length)
         self.totals = StepTotals()
         self._line: StepLine | None = None
@@ -87,8 +92,20 @@ class TrainingRun:
         key = ParamKey(attr="is_msa_index_parameter")
         return {key: {"max_lr": rate, "min_lr": (self.args.min_lr or 0.0) * rate / self.args.lr}}
 
+    def load(self, checkpoint: Path, request: dict[str, Any], read: Callable[[], dict[str, Any]]) -> None:
+        """Around the reading of a checkpoint: ``request`` is Megatron's sharded state dict."""
+        groups = SavedGroups(request)
+        if self.index_start is not None:
+            self.index_start.before_load(checkpoint, request)
+        loaded = read()
+        if self.index_start is not None:
+            self.index_start.after_load(loaded)
+        groups.restore(loaded)
+
     def on_setup(self, model: list[torch.nn.Module], optimizer: Any) -> None:
         self.model = model
+        if self.index_start is not None:
+            self.index_start.finish(model, optimizer)
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
         for line in self.schedule.describe():

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[Phase, dict[str, Any]]] = {
     "sparse": (Phase.SPARSE, {}),
     "sparse, per-token loss": (Phase.SPARSE, {"calculate_per_token_loss": True}),
     "sparse, no q and k norm": (Phase.SPARSE, {"qk_layernorm": False}),
+    "sparse, norm over all heads": (Phase.SPARSE, {"msa_full_width_qk_norm": True}),
     "sparse, recomputed": (Phase.SPARSE, RECOMPUTE),
     "sparse, packed documents": (Phase.SPARSE, {}),
 }

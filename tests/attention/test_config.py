@@ -40,7 +40,7 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     ({"multi_latent_attention": True}, "--multi-latent-attention is True; MSA layers support only False"),
     ({"window_size": (128, 0)}, "--window-size is (128, 0); MSA layers support only None"),
     ({"softmax_type": "learnable"}, "--softmax-type is learnable; MSA layers support only vanilla"),
-    ({"context_parallel_size": 2}, "--context-parallel-size is 2; MSA layers support only 1"),
+    ({"msa_cp_layout": "ring"}, "--msa-cp-layout is 'ring'; allowed: auto, zigzag, balanced, documents"),
     ({"qk_clip": True}, "--qk-clip is True; MSA layers support only False"),
     ({"log_max_attention_logit": True}, "--log-max-attention-logit is True; MSA layers support only False"),
     ({"cuda_graph_impl": "local"}, "--cuda-graph-impl is local; MSA layers support only none"),

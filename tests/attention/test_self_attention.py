@@ -167,3 +167,12 @@ def test_what_the_layer_cannot_do_is_refused_by_name():
         layer(hidden, None, inference_context=object())
     with pytest.raises(NotImplementedError, match="attention bias"):
         layer(hidden, None, attention_bias=hidden)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_single_context_parallel_rank_exchanges_nothing(phase, monkeypatch):
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name, **__: pytest.fail(name))
+    model = tiny_model(tiny_config(msa_layer_freq="[0,1]"))
+    set_phase(model, phase)
+    token_losses(model, *random_tokens()).mean().backward()

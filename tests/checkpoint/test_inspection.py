@@ -29,7 +29,13 @@ def index_key(layer: int) -> str:
 
 
 def check(
-    load: Path | None, *, layers: str = "1", vocabulary: int = VOCABULARY, pretrained: Path | None = None
+    load: Path | None,
+    *,
+    layers: str = "1",
+    vocabulary: int = VOCABULARY,
+    pretrained: Path | None = None,
+    init_index: str | None = None,
+    with_optimizer: bool = False,
 ) -> None:
     config = MSATransformerConfig(
         num_layers=2,
@@ -42,7 +48,13 @@ def check(
         msa_layer_freq=layers,
     )
     args = argparse.Namespace(
-        load=load and str(load), ckpt_step=None, pretrained_checkpoint=pretrained and str(pretrained)
+        load=load and str(load),
+        ckpt_step=None,
+        pretrained_checkpoint=pretrained and str(pretrained),
+        msa_init_index=init_index,
+        finetune=False,
+        no_load_optim=not with_optimizer,
+        skip_train=False,
     )
     check_checkpoint(args, config, vocabulary)
 
@@ -95,10 +107,25 @@ class TestFitting:
     def test_a_dense_checkpoint_is_refused_with_both_ways_on(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
         with pytest.raises(
-            ConfigError, match=r"Convert it from GQA to MSA .* --msa-layer-freq '\(\[0\]\*2\)'"
+            ConfigError, match=r"Add --msa-init-index .* gqa-to-msa, .* --msa-layer-freq '\(\[0\]\*2\)'"
         ):
             check(tmp_path)
         check(tmp_path, layers="([0]*2)")
+
+    def test_a_dense_checkpoint_is_accepted_if_its_index_branches_may_be_initialised(
+        self, tmp_path: Path
+    ) -> None:
+        write_checkpoint(tmp_path)
+        check(tmp_path, init_index="low_rank")
+        with pytest.raises(ConfigError, match=r"no checkpoint in --load .*nowhere"):
+            check(tmp_path / "nowhere", init_index="low_rank")
+
+    def test_a_checkpoint_without_optimizer_state_needs_a_new_optimizer(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, index_key(0), index_key(1))
+        with pytest.raises(ConfigError, match="has no optimizer state; add --no-load-optim"):
+            check(tmp_path, with_optimizer=True)
+        write_checkpoint(tmp_path, index_key(0), index_key(1), f"optimizer.state.exp_avg.{index_key(0)}")
+        check(tmp_path, with_optimizer=True)
 
     def test_the_layer_without_an_index_branch_is_named(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, index_key(1))

@@ -81,6 +81,7 @@ def make_args(byte_config: TokenizerConfig) -> Callable[..., argparse.Namespace]
         small = ["--seq-length", "16", "--micro-batch-size", "2", "--eval-iters", "1"]
         args = parser.parse_args([*tokenizer, *small, *flags])
         derived = {"eval_micro_batch_size": args.micro_batch_size, "data_parallel_size": 1, "rank": 0}
+        derived["msa_cp_layout"] = "auto"
         for name, value in {**derived, **values}.items():
             setattr(args, name, value)
         return args

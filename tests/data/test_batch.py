@@ -53,7 +53,7 @@ class Rank:
             "get_tensor_model_parallel_src_rank": 0,
             "get_tensor_model_parallel_group": None,
             "get_context_parallel_world_size": cp_size,
-            "get_context_parallel_group": "cp",
+            "get_context_parallel_rank": cp,
             "get_pipeline_model_parallel_world_size": pp_size,
             "get_pipeline_model_parallel_rank": pp,
         }
@@ -61,8 +61,6 @@ class Rank:
             self.patch.setattr(parallel_state, name, lambda value=value: value)
         self.patch.setattr(parallel_state, "is_pipeline_first_stage", lambda **_: pp == 0)
         self.patch.setattr(parallel_state, "is_pipeline_last_stage", lambda **_: pp == pp_size - 1)
-        self.patch.setattr(torch.distributed, "get_world_size", lambda group=None: cp_size)
-        self.patch.setattr(torch.distributed, "get_rank", lambda group=None: cp)
 
     def _broadcast(self, tensor: torch.Tensor, source: int, group: object = None) -> None:
         if self.tp == 0:
@@ -97,6 +95,10 @@ def load(
     return run
 
 
+NOT_HELD = {
+    *(("first", name) for name in ("labels", "loss_mask")),
+    *(("last", name) for name in ("tokens", "position_ids")),
+}
 MASKING = "--dataloader-inter-document-masking"
 
 
@@ -268,11 +270,44 @@ def test_context_parallel_ranks_hold_two_mirrored_chunks(rank: Rank, load: Any) 
     args, batches = load([100])
     # A blend adds a key that is no sequence.
     source = {**batches[0], "dataset_id": torch.tensor([0, 1])}
+    args.msa_cp_layout = "zigzag"
     for cp, columns in ((0, [*range(0, 4), *range(12, 16)]), (1, [*range(4, 8), *range(8, 12)])):
         rank.be(cp=cp, cp_size=2)
         batch = get_batch(copies(source), args)
         for name in ("tokens", "labels", "loss_mask", "position_ids"):
             torch.testing.assert_close(getattr(batch, name), source[name][:, columns])
+
+
+@pytest.mark.parametrize("setting", ["auto", "zigzag", "balanced"])
+@pytest.mark.parametrize("stage", ["only", "first", "middle", "last"])
+def test_context_parallel_ranks_share_out_packed_documents(
+    rank: Rank, load: Any, stage: str, setting: str
+) -> None:
+    """Together the ranks hold every token once; all stages know all documents and whose tokens are whose."""
+    samples = 2 if stage == "only" else 1
+    args, batches = load([3, 40, 2, 29, 5, 64], MASKING, "--micro-batch-size", str(samples))
+    args.msa_cp_layout = setting
+    pipeline = {"only": (0, 1), "first": (0, 3), "middle": (1, 3), "last": (2, 3)}[stage]
+    whole = get_batch(copies(batches[0]), args)
+    assert whole.packed_seq_params is not None
+    parts, owned = [], []
+    for cp in range(4):
+        rank.be(cp=cp, cp_size=4, pp=pipeline[0], pp_size=pipeline[1])
+        parts.append(get_batch(copies(batches[0]), args))
+        params = parts[-1].packed_seq_params
+        assert params is not None
+        assert torch.equal(params.cu_seqlens_q, whole.packed_seq_params.cu_seqlens_q)
+        layout = params.msa_token_layout  # type: ignore[attr-defined]
+        assert layout.rank == cp
+        owned.append(layout.local)
+        assert params.tokens_per_sample == (SEQ // 4 if samples > 1 and setting == "zigzag" else None)
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        values = [getattr(part, name) for part in parts]
+        assert (values[0] is None) == (stage == "middle" or (stage, name) in NOT_HELD)
+        if values[0] is not None:
+            together = torch.empty_like(getattr(whole, name))
+            together[:, torch.cat(owned)] = torch.cat(values, dim=1)
+            assert torch.equal(together, getattr(whole, name))
 
 
 def test_samples_are_marked_for_moe_only_where_ranks_hold_whole_ones(rank: Rank) -> None:

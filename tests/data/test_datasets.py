@@ -111,8 +111,11 @@ def test_datasets_are_built_where_data_is_read(
 
 def test_layouts_that_cannot_carry_documents_are_refused(make_args: MakeArgs) -> None:
     masking = "--dataloader-inter-document-masking"
-    with pytest.raises(ValueError, match="--context-parallel-size 2 is not supported"):
-        BatchSettings.from_args(make_args(masking, "--context-parallel-size", "2"))
+    predicting = ["--context-parallel-size", "2", "--mtp-num-layers", "1"]
+    with pytest.raises(ValueError, match="needs --msa-cp-layout documents, got auto"):
+        BatchSettings.from_args(make_args(masking, *predicting))
+    with pytest.raises(ValueError, match="needs --msa-cp-layout zigzag, got balanced"):
+        BatchSettings.from_args(make_args(*predicting, msa_cp_layout="balanced"))
     with pytest.raises(ValueError, match="--pipeline-model-parallel-size 2 and a micro batch of 2"):
         BatchSettings.from_args(make_args(masking, "--pipeline-model-parallel-size", "2"))
     small = make_args(masking, "--pipeline-model-parallel-size", "2", "--micro-batch-size", "1")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 MODULES = (
     "pretrain_msa",  # first: it prepares a machine without a GPU
     "megatron.training",
+    "megatron_msa.checkpoint.gqa_to_msa",
     "megatron_msa.data.datasets",
     "megatron_msa.data.preprocess",
     "megatron_msa.training.arguments",
@@ -52,7 +53,19 @@ def _run(request: dict[str, Any]) -> int:
         if request["program"] == "pretrain_msa.py":
             import pretrain_msa
 
-            pretrain_msa.main()
+            record = os.environ.get("RECORD_SELECTIONS_IN")
+            if record is None:
+                pretrain_msa.main()
+            else:
+                from tests.parallel.selection_record import SelectionRecord
+
+                selections = SelectionRecord()
+                pretrain_msa.main()
+                selections.save(Path(record))
+        elif request["program"] == "convert_checkpoint.py":
+            from tools import convert_checkpoint
+
+            return convert_checkpoint.main()
         else:
             from megatron_msa.data.preprocess import main
 

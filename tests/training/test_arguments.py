@@ -23,6 +23,7 @@ MODEL = """
     --seq-length 128 --max-position-embeddings 128 --msa-block-size 16 --msa-num-selected-blocks 3
     --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --eval-iters 0 --split 90,10,0
 """
+EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2"
 TRAINING = "--train-iters 10 --msa-schedule warmup@0,sparse@5"
 
 Resolved = tuple[argparse.Namespace, MSAModelConfig]
@@ -161,20 +162,90 @@ def test_a_schedule_whose_last_phase_is_just_reached_is_accepted(resolve: Resolv
     ("flags", "world_size", "message"),
     [
         ("--tensor-model-parallel-size 4", 4, "--tensor-model-parallel-size is 4 but there are 2 GQA groups"),
-        ("--context-parallel-size 2", 2, "--context-parallel-size is 2; MSA layers support only 1"),
-        ("--tensor-model-parallel-size 2", 3, r"Megatron refuses .* world size \(3\) is not divisible by"),
+        ("--context-parallel-size 3", 3, "--context-parallel-size 3: its length must be a multiple of 6"),
+        ("--context-parallel-size 2", 3, "3 processes cannot be shared out"),
         (
             "--pipeline-model-parallel-size 2 --micro-batch-size 2 --dataloader-inter-document-masking",
             2,
             "Use --micro-batch-size 1",
         ),
         ("--global-batch-size 3", 2, "3 is not divisible by --micro-batch-size 1 times 2 data-parallel"),
+        ("--tensor-model-parallel-size 3", 3, "is 3 but there are 2 GQA groups"),
+        ("--context-parallel-size 0", 1, "--context-parallel-size is 0; it must be at least 1"),
+        (
+            "--tensor-model-parallel-size 2 --num-attention-heads 6 --num-query-groups 3",
+            2,
+            "--num-query-groups 3 is not divisible by --tensor-model-parallel-size 2",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --ffn-hidden-size 65",
+            2,
+            "--ffn-hidden-size 65 is not divisible by --tensor-model-parallel-size 2",
+        ),
+        ("--pipeline-model-parallel-size 3", 3, "--num-layers 2 is not divisible by --pipeline-model-par"),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+            2,
+            "leaves 1 layers to a rank, which --num-virtual-stages-per-pipeline-rank 2 does not divide",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2 "
+            "--global-batch-size 3",
+            2,
+            "the 3 microbatches of a step .* in groups of 2, .* last group of 1 .* use a multiple of 2",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --msa-block-size 3 --seq-length 99",
+            2,
+            r"the 99 tokens of a context-parallel rank \(--seq-length 99 / .* a multiple of 2",
+        ),
+        ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size is 2 but the model has no exp"),
+        (f"{EXPERTS} --expert-model-parallel-size 3", 3, "--num-experts 4 is not divisible by --expert-mod"),
+        (
+            f"{EXPERTS} --expert-model-parallel-size 4",
+            2,
+            "2 processes cannot be shared out: .* --expert-model-parallel-size 4 .* copy of the experts",
+        ),
+        (
+            f"{EXPERTS} --expert-tensor-parallel-size 3",
+            3,
+            "--moe-ffn-hidden-size 16 is not divisible by --expert-tensor-parallel-size 3",
+        ),
+        (
+            f"{EXPERTS} --tensor-model-parallel-size 2",
+            2,
+            "--num-experts 4 with --tensor-model-parallel-size 2 needs --sequence-parallel",
+        ),
     ],
 )
 def test_a_parallel_layout_that_cannot_work_is_refused(
     resolve: Resolve, flags: str, world_size: int, message: str
 ) -> None:
     assert_refused(resolve, message, flags, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size"),
+    [
+        ("--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2", 4),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2",
+            2,
+        ),
+        (
+            f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
+            "--expert-tensor-parallel-size 1",
+            4,
+        ),
+        # The first stage holds one layer of three.
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 3 --decoder-first-pipeline-num-layers 1",
+            2,
+        ),
+    ],
+)
+def test_a_parallel_layout_that_works_is_accepted(resolve: Resolve, flags: str, world_size: int) -> None:
+    resolve(flags, world_size=world_size)
 
 
 @pytest.mark.parametrize(

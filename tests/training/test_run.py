@@ -31,7 +31,7 @@ def make_run(**config_changes: Any) -> TrainingRun:
     config = tiny_config()
     for name, value in config_changes.items():
         setattr(config, name, value)
-    args = argparse.Namespace(lr=LEARNING_RATE, min_lr=1e-3, seq_length=16)
+    args = argparse.Namespace(lr=LEARNING_RATE, min_lr=1e-3, seq_length=16, msa_init_index=None)
     return TrainingRun(args, tiny_model_config(config))
 
 

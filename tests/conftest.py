@@ -1,4 +1,4 @@
-"""A fork server and a small text for whole pretraining runs."""
+"""A fork server and a small text for whole pretraining runs; neither starts before a test asks for it."""
 
 import json
 from collections.abc import Iterator
