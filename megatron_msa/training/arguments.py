@@ -67,6 +67,7 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         parser.set_defaults(**megatron_fixes.argument_defaults_without_te())
     if not has_gpu:
         parser.set_defaults(**no_gpu.argument_defaults())
+    megatron_fixes.repair_help(parser)
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print 500 lines of usage first
     return parser
 

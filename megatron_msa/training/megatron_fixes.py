@@ -1,5 +1,6 @@
 """Corrections to megatron-core 0.19.2 for every machine. Each does nothing once upstream is right."""
 
+import argparse
 import ctypes
 import functools
 import importlib.util
@@ -35,6 +36,15 @@ def argument_defaults_without_te() -> dict[str, Any]:
     if importlib.util.find_spec("nvidia_resiliency_ext") is None:
         values["async_strategy"] = "mcore"  # the default way of saving in the background is in that package
     return values
+
+
+def repair_help(parser: argparse.ArgumentParser) -> None:
+    """Let ``--help`` print: Megatron's text of --moe-paged-stash-buffer-size-factor-cuda holds a bare "%"."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _allow_plain_python() -> None:

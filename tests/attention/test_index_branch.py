@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.torch_norm import L2Norm
 from torch import Tensor
 
-from megatron_msa.attention import self_attention
+from megatron_msa.attention import full_attention, self_attention
 from megatron_msa.attention.rms_norm import RMSNorm
 from megatron_msa.phases import Phase
 from tests.attention.tiny import (
@@ -70,7 +70,7 @@ def test_every_backbone_trains_and_with_all_blocks_equals_its_dense_self(backbon
 def test_without_a_rotary_embedding_the_index_branch_has_none_either(position_embedding, monkeypatch):
     model = tiny_model(position_embedding_type=position_embedding)
     monkeypatch.setattr(
-        self_attention, "apply_rotary_pos_emb", lambda *args, **kwargs: pytest.fail("something was rotated")
+        full_attention, "apply_rotary_pos_emb", lambda *args, **kwargs: pytest.fail("something was rotated")
     )
     token_losses(model, *random_tokens()).mean().backward()
     assert all(value.abs().max() > 0 for value in gradients(model).values())

@@ -48,23 +48,24 @@ def record_core_inputs(model: GPTModel) -> list[dict[str, Any]]:
 
 def kl_by_hand(inputs: dict[str, Any]) -> Tensor:
     """KL(P || S) of every sequence, token and group, straight from the definition: [b, s, groups]."""
+    # All are packed, [b * s, heads, d], sequence after sequence.
     query, key = inputs["query"].detach(), inputs["key"].detach()  # the teacher is a constant
     index_query, index_key, block_ids = inputs["index_query"], inputs["index_key"], inputs.get("block_ids")
-    sequence, batch, groups = index_query.shape[:3]
-    heads = query.shape[2] // groups
+    groups = index_query.shape[1]
+    heads = query.shape[1] // groups
     rows = []
-    for b in range(batch):
-        for i in range(sequence):
-            for r in range(groups):
-                seen = torch.arange(i + 1, device=query.device)
-                if block_ids is not None:
-                    seen = seen[torch.isin(seen // BLOCK, block_ids[b * sequence + i, r])]
-                of_group = query[i, b, r * heads : (r + 1) * heads]
-                scores = of_group @ key[seen, b, r].T / query.shape[-1] ** 0.5
-                teacher = scores.softmax(dim=-1).mean(dim=0)
-                index_scores = index_key[seen, b, 0] @ index_query[i, b, r] / index_query.shape[-1] ** 0.5
-                rows.append((teacher * (teacher.log() - index_scores.log_softmax(dim=-1))).sum())
-    return torch.stack(rows).view(batch, sequence, groups)
+    for token in range(query.shape[0]):
+        first, i = token - token % SEQUENCE, token % SEQUENCE
+        for r in range(groups):
+            seen = torch.arange(i + 1, device=query.device)
+            if block_ids is not None:
+                seen = seen[torch.isin(seen // BLOCK, block_ids[token, r])]
+            of_group = query[token, r * heads : (r + 1) * heads]
+            scores = of_group @ key[first + seen, r].T / query.shape[-1] ** 0.5
+            teacher = scores.softmax(dim=-1).mean(dim=0)
+            index_scores = index_key[first + seen, 0] @ index_query[token, r] / index_query.shape[-1] ** 0.5
+            rows.append((teacher * (teacher.log() - index_scores.log_softmax(dim=-1))).sum())
+    return torch.stack(rows).view(-1, SEQUENCE, groups)
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.3])

@@ -233,7 +233,7 @@ class TestTarget:
     ) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
         monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(ConfigError, match=r"needs about 0.1 GiB, its disk has 0.0 free"):
+        with pytest.raises(ConfigError, match=r"needs about 0.1 GiB, its disk has 0.0 GiB free"):
             to_megatron.convert(model, tmp_path / "new/target")
         assert not list((tmp_path / "new").iterdir())
 

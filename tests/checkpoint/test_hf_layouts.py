@@ -10,6 +10,7 @@ from tests.helpers import launch
 
 from megatron_msa.checkpoint.hf import to_megatron, verify  # isort: skip
 
+pytestmark = pytest.mark.slow  # a minute; the mapping itself is tested without processes
 FP32_NOISE = 2e-5
 WITH_EXPERTS = [name for name in MODELS if name not in ("llama", "qwen3")]
 

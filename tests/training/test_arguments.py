@@ -292,12 +292,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(resolve: Resolve, tmp_path: P
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     embedding = {"embedding.word_embeddings.weight": torch.zeros(384, 32)}
     torch.distributed.checkpoint.save(embedding, checkpoint_id=checkpoint, no_dist=True)
-    assert_refused(resolve, "has no index branch: it is a dense model. Convert it", f"--load {tmp_path}")
+    missing_branch = "has no index branch: it is a dense model. Add --msa-init-index"
+    assert_refused(resolve, missing_branch, f"--load {tmp_path}")
+    dense = f"--load {tmp_path} --msa-layer-freq [0,0]"
+    assert_refused(resolve, "has no optimizer state; add --no-load-optim", dense)
     # As a dense model it fits.
-    resolve(f"--load {tmp_path} --msa-layer-freq [0,0]")
+    dense += " --no-load-optim"
+    resolve(dense)
     message = "vocabulary mismatch: the checkpoint .* has 384 embeddings, the model 264"
-    other = f"--load {tmp_path} --msa-layer-freq [0,0] --make-vocab-size-divisible-by 8"
-    assert_refused(resolve, message, other)
+    assert_refused(resolve, message, f"{dense} --make-vocab-size-divisible-by 8")
 
 
 def test_what_is_not_given_gets_values_that_work_here(resolve: Resolve) -> None:
@@ -318,3 +321,14 @@ def test_the_tokenizer_is_built_once(resolve: Resolve, data: Path, monkeypatch: 
     monkeypatch.setattr(metadata, "build_tokenizer", lambda config: built.append(config) or build(config))
     resolve()
     assert len(built) == 1
+
+
+def test_the_help_lists_all_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_msa.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        arguments.parse_arguments(has_gpu=torch.cuda.is_available())
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--num-layers", "--moe-paged-stash-buffer", "--msa-block-size"))

@@ -38,7 +38,8 @@ def new_folder(target: Path, *, expected_bytes: int) -> Iterator[Path]:
         needed, free = expected_bytes + _SPARE, shutil.disk_usage(target.parent).free
         if needed > free:
             raise ConfigError(
-                f"--save {target} needs about {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} free"
+                f"--save {target} needs about {needed / 2**30:.1f} GiB, "
+                f"its disk has {free / 2**30:.1f} GiB free"
             )
         folder.mkdir()
         try:
