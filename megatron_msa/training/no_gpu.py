@@ -10,7 +10,8 @@ placed on it is an ordinary CPU tensor. Three rules keep the pretence from sprea
 
 * only Megatron's start-up hears that CUDA is there; `torch.cuda.is_available()` stays False for all others,
   so that Triton, torch.optim, DataLoader and our own kernels see the machine as it is;
-* a call that does not mention a CUDA device, a CUDA stream or ReduceOp.AVG does what torch does;
+* a call that mentions no CUDA device, no CUDA stream and no ReduceOp.AVG, and gathers tensors of one size,
+  does what torch does;
 * with a GPU nothing at all is changed.
 
 Nothing else in the project asks which machine it runs on. One difference remains: CPU and "GPU" share a
@@ -63,6 +64,7 @@ def install_if_no_gpu() -> bool:
     _replace_random_state()
     _map_tensor_placement()
     _average_over_gloo()
+    _gather_unequal_over_gloo()
     _import_megatron_uncompiled()
     _patch_megatron_core()
     return True
@@ -277,6 +279,29 @@ def _average_over_gloo() -> None:
 
     distributed.all_reduce = all_reduce
     distributed.reduce_scatter_tensor = reduce_scatter_tensor
+
+
+def _gather_unequal_over_gloo() -> None:
+    """gloo gathers tensors of one size only; experts sharded over tensor parallelism gather unequal ones."""
+    distributed: Any = torch.distributed
+    original = distributed.all_gather
+
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        rows = [each.shape[0] if each.dim() else 1 for each in tensor_list]
+        if min(rows) == max(rows) or async_op:
+            return original(tensor_list, tensor, group, async_op)
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        original(gathered, padded, group)
+        for target, source in zip(tensor_list, gathered, strict=True):
+            target.copy_(source[: target.shape[0]])
+        return None
+
+    distributed.all_gather = all_gather
 
 
 def _import_megatron_uncompiled() -> None:
