@@ -28,6 +28,9 @@ LAYOUTS = {
         pytest.param("DP2", "CP2", marks=pytest.mark.slow),
         pytest.param("TP2", "EP2", marks=pytest.mark.slow),
         pytest.param("EP2", "TP2", marks=pytest.mark.slow),
+        pytest.param("EP2", "DP2", marks=pytest.mark.slow),
+        pytest.param("DP2", "EP2", marks=pytest.mark.slow),
+        pytest.param("PP2", "TP2", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_continues_in_another_layout(
