@@ -35,7 +35,8 @@ class Baseline(NamedTuple):
     make: Callable[[Problem, Tensor | None], Attend]
 
 
-def _require(module: str) -> Any:
+def require(module: str) -> Any:
+    """The module; raises ``Unavailable`` where it cannot be imported."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # whatever a broken installation raises
@@ -53,7 +54,7 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Problem, Tensor | None], Atte
 
 
 def _flash_attn_4(problem: Problem, block_ids: Tensor | None) -> Attend:
-    flash_attn_func = _require("flash_attn.cute").flash_attn_func
+    flash_attn_func = require("flash_attn.cute").flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = flash_attn_func(q[None], k[None], v[None], causal=True)
@@ -63,7 +64,7 @@ def _flash_attn_4(problem: Problem, block_ids: Tensor | None) -> Attend:
 
 
 def _flex(problem: Problem, block_ids: Tensor | None) -> Attend:
-    flex = _require("torch.nn.attention.flex_attention")
+    flex = require("torch.nn.attention.flex_attention")
     assert block_ids is not None
     heads, tokens, block = problem.heads, problem.shape.num_keys, problem.heads.block_size
     blocks = tokens // block
@@ -96,7 +97,7 @@ def _flex(problem: Problem, block_ids: Tensor | None) -> Attend:
 
 
 def _nsa(problem: Problem, block_ids: Tensor | None) -> Attend:
-    parallel_nsa = _require("fla.ops.nsa").parallel_nsa
+    parallel_nsa = require("fla.ops.nsa").parallel_nsa
     assert block_ids is not None
     indices = block_ids.long()[None]
 
@@ -216,7 +217,7 @@ def flash_msa(problem: Problem) -> Candidate:
     heads, shape, inputs = problem.heads, problem.shape, problem.inputs
 
     def start() -> Call:
-        flash_msa_func = _require("flash_msa").flash_msa_func
+        flash_msa_func = require("flash_msa").flash_msa_func
 
         def run_with(upstream: Upstream) -> tuple[Tensor, tuple[Tensor, ...]]:
             leaves = (inputs.index_q, inputs.index_k[:, None], *inputs[:3])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from benchmarks.checks import Verdict
-from benchmarks.registry import Shape
+from benchmarks.registry import DecodeShape, Shape
 
 
 class Unavailable(Exception):
@@ -65,6 +65,6 @@ class Experiment(NamedTuple):
     """
 
     group: str
-    shape: Shape
+    shape: Shape | DecodeShape
     candidates: list[Candidate]
     expected_s: float = 5.0

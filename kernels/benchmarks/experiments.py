@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks import baselines, ours, topk
+from benchmarks import baselines, decode, ours, topk
 from benchmarks.candidate import Candidate, Experiment
 from benchmarks.ours import Problem
-from benchmarks.registry import STANDARD, TINY, Heads, Shape, contexts, real_shapes
+from benchmarks.registry import STANDARD, TINY, Heads, Shape, contexts, decode_shapes, real_shapes
 
 # Dense attention takes seconds from here on: it is timed once, and not backward. In _long_context it has not
 # even a warm-up: what was compiled for shorter contexts serves.
@@ -24,7 +25,7 @@ class Suite:
     """What to measure, and where.
 
     Attributes:
-        name: quick, bars or full.
+        name: quick, bars, full or decode.
         device: where it runs; on a CPU the reference operators stand in for the kernels.
         tiny: small sizes that keep the names of the real ones.
         only_shapes: names of the shapes to measure; all if empty.
@@ -40,9 +41,12 @@ class Suite:
         self.heads: Heads = TINY if tiny else STANDARD
         self.contexts = contexts(tiny)
         self.real_shapes = real_shapes(tiny)
+        self.decode_shapes = decode_shapes(tiny)
 
     def groups(self) -> list[tuple[str, Callable[[], Iterator[Experiment]]]]:
         """The suite's groups by name, in the order in which they run: what the bars need most comes first."""
+        if self.name == "decode":
+            return [("decode", self._decode)]
         if self.name == "quick":
             return [
                 ("context", partial(self._context, ["4k", "32k"])),
@@ -215,6 +219,34 @@ class Suite:
                 group="patterns",
                 shape=shape,
                 candidates=_attention(problem, "index", "local", "random", "recent", "hot"),
+            )
+
+    def _decode(self) -> Iterator[Experiment]:
+        """One new token per sequence against dense kernels over the same cache."""
+        for shape in self.decode_shapes.values():
+            if not self._is_wanted(shape.name):
+                continue
+            problem = decode.Problem(shape, self.heads, self.device)
+            others = [decode.sdpa(problem, "SDPA", None)]
+            if self.device.type == "cuda":
+                others = [
+                    decode.sdpa(problem, "cuDNN SDPA", SDPBackend.CUDNN_ATTENTION),
+                    decode.sdpa(problem, "flash-2 SDPA", SDPBackend.FLASH_ATTENTION),
+                    decode.flash_attn_4(problem),
+                ]
+            yield Experiment(
+                group="decode",
+                shape=shape,
+                candidates=[
+                    decode.step(problem, eight_bit=False),
+                    decode.step(problem, eight_bit=True),
+                    decode.dense(problem),
+                    *others,
+                    decode.selection(problem, eight_bit=False),
+                    decode.selection(problem, eight_bit=True),
+                    decode.attention(problem),
+                ],
+                expected_s=12,
             )
 
     def _published(self) -> Iterator[Experiment]:

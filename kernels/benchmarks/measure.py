@@ -104,7 +104,7 @@ def _new_row(experiment: Experiment, candidate: Candidate, facts: Mapping[str, A
         is_ours=int(candidate.is_ours),
         queries=shape.num_queries,
         keys=shape.num_keys,
-        documents=len(shape.documents),
+        documents=shape.num_documents,
         weight=shape.weight,
         check="",
         package=f"{candidate.package} {version}".strip(),

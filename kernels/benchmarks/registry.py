@@ -73,6 +73,11 @@ class Shape:
         return sum(length for document in self.documents for _, length in document.fragments)
 
     @property
+    def num_documents(self) -> int:
+        """Documents among the keys."""
+        return len(self.documents)
+
+    @property
     def is_single_document(self) -> bool:
         """Every key is a query, and all are of one document: what dense kernels take as plain causal."""
         return len(self.documents) == 1 and self.documents[0].fragments == ((0, self.num_keys),)
@@ -123,6 +128,43 @@ def single_document(name: str, tokens: int) -> Shape:
     return Shape(name=name, documents=(Document(keys=tokens, fragments=((0, tokens),)),))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeShape:
+    """Sequences that each get one new token.
+
+    Attributes:
+        name: unique among the shapes.
+        sequences: S.
+        tokens: in the cache of each, the new one included.
+        weight: as of ``Shape``.
+    """
+
+    name: str
+    sequences: int
+    tokens: int
+    weight: int = 1
+
+    @property
+    def num_queries(self) -> int:
+        """One per sequence."""
+        return self.sequences
+
+    @property
+    def num_keys(self) -> int:
+        """Of all sequences."""
+        return self.sequences * self.tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Every sequence is a document."""
+        return self.sequences
+
+    def selected_tokens(self, heads: Heads) -> int:
+        """Tokens that a new token attends to, for one group."""
+        last = (self.tokens - 1) % heads.block_size + 1
+        return min(self.tokens, (heads.slots - 1) * heads.block_size + last)
+
+
 CONTEXTS = {f"{2**power // 1024}k": 2**power for power in range(12, 20)} | {"1m": 2**20}
 TINY_DIVISOR = 4096
 
@@ -131,6 +173,17 @@ def contexts(tiny: bool = False) -> dict[str, Shape]:
     """Single documents of 4,096 to 1,048,576 tokens, "4k" to "1m"; if tiny, of TINY_DIVISOR times fewer."""
     divisor = TINY_DIVISOR if tiny else 1
     return {name: single_document(name, tokens // divisor) for name, tokens in CONTEXTS.items()}
+
+
+def decode_shapes(tiny: bool = False) -> dict[str, DecodeShape]:
+    """Batches of a new token per sequence by cache length and batch size, the bars' first."""
+    divisor = TINY_DIVISOR if tiny else 1
+    return {
+        f"{context}-b{sequences}": DecodeShape(
+            name=f"{context}-b{sequences}", sequences=sequences, tokens=CONTEXTS[context] // divisor
+        )
+        for context, sequences in (("1m", 4), ("128k", 16), ("128k", 1), ("1m", 1), ("32k", 64))
+    }
 
 
 def real_shapes(tiny: bool = False) -> list[Shape]:

@@ -3,6 +3,7 @@
     python kernels/benchmarks/run.py --suite bars                   # the project's bars: one GPU, 4 minutes
     python kernels/benchmarks/run.py --suite quick                  # under a minute
     python kernels/benchmarks/run.py --suite full --only published  # one group of the full suite
+    python kernels/benchmarks/run.py --suite decode                 # new tokens over a cache, two minutes
     python kernels/benchmarks/run.py --device cpu --tiny            # the whole path without a GPU, in seconds
     python kernels/benchmarks/run.py --table                        # Markdown tables of the last run
 
@@ -34,7 +35,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import Clock, CpuClock, CudaClock, Memory
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("quick", "bars", "full")
+SUITES = ("quick", "bars", "full", "decode")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"--only {' '.join(sorted(unknown))}: suite {suite.name} has {', '.join(names)}", file=sys.stderr
         )
         return 2
-    known = {shape.name for shape in (*suite.contexts.values(), *suite.real_shapes)}
+    shapes = (*suite.contexts.values(), *suite.real_shapes, *suite.decode_shapes.values())
+    known = {shape.name for shape in shapes}
     if unknown := set(options.shapes or []) - known:
         print(f"--shapes {' '.join(sorted(unknown))}: known are {', '.join(sorted(known))}", file=sys.stderr)
         return 2
@@ -66,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings = Ceilings(device, suite.heads.dtype, clock, tiny=options.tiny)
     budget = TINY_BUDGET_MS if options.tiny else BUDGET_MS
     earlier = options.output / "rows.csv"
-    kept = rows.read(earlier) if options.merge and earlier.exists() else []
+    kept = rows.read(earlier) if earlier.exists() else []
+    if not options.merge:
+        kept = [row for row in kept if row.group not in names]
     measured: list[Row] = []
     broken = False
     for name, experiments in groups:
@@ -163,7 +167,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes under the names of the real ones")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
-        "--merge", action="store_true", help="keep rows of --output that are not measured again"
+        "--merge",
+        action="store_true",
+        help="keep rows of the suite's groups, too, that are not measured again",
     )
     parser.add_argument("--commit", help="for a copy of the repository without its history")
     parser.add_argument("--table", action="store_true", help="print tables of --output and measure nothing")

@@ -9,6 +9,7 @@ from msa_kernels.common.checks import KLTeacher
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput, BlockSelection, SelectionQuality
 from msa_kernels.common.value_checks import debug_checks
+from msa_kernels.decode import decode_attention, decode_select
 from msa_kernels.dense_kl import dense_kl
 from msa_kernels.selection_quality import selection_quality
 from msa_kernels.sparse_attention import sparse_attention
@@ -22,6 +23,8 @@ __all__ = [
     "SelectionQuality",
     "block_select",
     "debug_checks",
+    "decode_attention",
+    "decode_select",
     "dense_kl",
     "selection_quality",
     "sparse_attention",

@@ -11,7 +11,7 @@ from msa_kernels import AttentionOutput, block_select, sparse_attention
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS.parent))
 
-from benchmarks import checks, ours, plot, registry, rows, run, summary, tables, timing, topk, work  # noqa: E402
+from benchmarks import checks, decode, ours, plot, registry, rows, run, summary, tables, timing, topk, work  # noqa: E402
 from benchmarks.candidate import Call, Candidate, Experiment, Unavailable  # noqa: E402
 from benchmarks.checks import Verdict  # noqa: E402
 from benchmarks.measure import Ceilings, measure  # noqa: E402
@@ -372,6 +372,12 @@ def complete_rows() -> list[Row]:
         row_of("topk", "topk", "128k", ms=1.5, pattern=""),
         row_of("topk", "topk", "128k", ms=12.0, candidate="torch.topk", **dense),
         row_of("memory", "train", "256k", ms=300.0, extra_gib=6.5),
+        row_of("decode", "decode", "1m-b4", ms=0.5, keys=40, share_of_copy=0.75),
+        row_of("decode", "decode 8-bit index", "1m-b4", ms=0.25, keys=40),
+        row_of("decode", "decode", "128k-b16", ms=0.5, keys=40),
+        row_of("decode", "decode dense", "1m-b4", ms=3.0, candidate="cuDNN SDPA", **dense),
+        row_of("decode", "decode dense", "1m-b4", ms=2.0, pattern=""),
+        row_of("decode", "decode dense", "128k-b16", ms=1.0, candidate="cuDNN SDPA", **dense),
     ]
 
 
@@ -389,6 +395,10 @@ def test_the_summary_has_an_entry_per_bar():
         "backward_share_real": pytest.approx(1.6 / 8e-3 / 500),
         "topk_speedup": 8.0,
         "extra_gib_256k": 6.5,
+        "decode_1m_b4_speedup": 4.0,
+        "decode_1m_b4_8bit_speedup": 8.0,
+        "decode_128k_b16_speedup": 2.0,
+        "decode_1m_b4_byte_share": 0.75,
     }
     first = figures["prefill_1m_speedup"]
     assert (first["best_dense"], first["bar"], first["stretch"]) == ("flash-attn-4", 14.2, 20)
@@ -411,6 +421,10 @@ def test_a_wrong_result_of_ours_leaves_its_bar_without_a_value(name):
         "backward_share_real": ("backward with KL", "real-01"),
         "topk_speedup": ("topk", "128k"),
         "extra_gib_256k": ("train", "256k"),
+        "decode_1m_b4_speedup": ("decode", "1m-b4"),
+        "decode_1m_b4_8bit_speedup": ("decode 8-bit index", "1m-b4"),
+        "decode_128k_b16_speedup": ("decode", "128k-b16"),
+        "decode_1m_b4_byte_share": ("decode", "1m-b4"),
     }
     wrong = next(row for row in found if row.is_ours and (row.op, row.shape) == of_bar[name])
     wrong.check, wrong.ms = "failed: out: error 1e-01 > 1e-02", None
@@ -418,7 +432,8 @@ def test_a_wrong_result_of_ours_leaves_its_bar_without_a_value(name):
     assert figures[name]["value"] is None
     assert "out: error" in figures[name]["reason"]
     assert len(figures["wrong_results"]) == 1
-    assert all(figures[bar.name]["value"] is not None for bar in summary.BARS if bar.name != name)
+    others = [bar.name for bar in summary.BARS if of_bar[bar.name] != of_bar[name]]
+    assert all(figures[each]["value"] is not None for each in others)
 
 
 def test_a_wrong_baseline_is_left_out_and_named():
@@ -427,6 +442,15 @@ def test_a_wrong_baseline_is_left_out_and_named():
     figures = summary.summarize(found)
     assert figures["prefill_1m_speedup"]["best_dense"] == "cuDNN SDPA"
     assert figures["not_measured"] == ["flash-attn-4 (prefill, 1m): failed: dq: error 1"]
+
+
+def test_decoding_is_compared_with_our_own_dense_kernel_where_that_is_the_fastest():
+    found = complete_rows()
+    assert summary.summarize(found)["decode_1m_b4_speedup"]["best_dense"] == "msa_kernels"
+    own_dense = next(row for row in found if row.op == "decode dense" and row.is_ours)
+    own_dense.check = "failed: out: error 1"
+    entry = summary.summarize(found)["decode_1m_b4_speedup"]
+    assert (entry["best_dense"], entry["value"]) == ("cuDNN SDPA", 6.0)
 
 
 def test_a_bar_without_its_rows_says_so():
@@ -511,6 +535,58 @@ def test_merge_keeps_what_is_not_measured_again(tmp_path):
     assert run.main([*common, "--only", "topk", "--commit", "new"]) == 0
     found = {(row.group, row.commit) for row in rows.read(tmp_path / "rows.csv")}
     assert found == {("select", "old"), ("topk", "new")}
+
+
+def test_another_suite_keeps_the_rows_and_entries_that_are_there(tmp_path):
+    common = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    assert run.main([*common, "--suite", "quick", "--only", "topk"]) == 0
+    path = tmp_path / "summary.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"model_prefill_128k_speedup": {"value": 3.5}}))
+    assert run.main([*common, "--suite", "decode", "--shapes", "1m-b1"]) == 0
+    assert {row.group for row in rows.read(tmp_path / "rows.csv")} == {"topk", "decode"}
+    assert json.loads(path.read_text())["model_prefill_128k_speedup"] == {"value": 3.5}
+
+
+@pytest.fixture(scope="module")
+def decoding():
+    return decode.Problem(registry.decode_shapes(tiny=True)["128k-b16"], TINY, CPU)
+
+
+def test_the_decode_suite_times_right_results_only(tmp_path):
+    common = ["--device", "cpu", "--tiny", "--suite", "decode", "--shapes", "1m-b1"]
+    assert run.main([*common, "--output", str(tmp_path)]) == 0
+    found = rows.read(tmp_path / "rows.csv")
+    assert all(row.passed for row in found)
+    assert {(row.op, row.candidate) for row in found if row.op == "decode dense"} == {
+        ("decode dense", "msa_kernels"),
+        ("decode dense", "SDPA"),
+    }
+
+
+def test_the_checks_of_decoding_find_one_wrong_row(decoding):
+    block_ids = decoding.select(eight_bit=False)
+    assert decoding.check_selection(block_ids, eight_bit=False).passed
+    assert "local block" in decoding.check_selection(block_ids.flip(-1), eight_bit=False).errors[0]
+    wrong = block_ids.clone()
+    wrong[:8, :, :, 0] = wrong[:8, :, :, 1]
+    assert "selections" in decoding.check_selection(wrong, eight_bit=False).errors[0]
+    for chosen in (block_ids, None):
+        output = decoding.attend(chosen)
+        assert decoding.check_output(output, chosen).passed
+        output[3, 0, 5] *= 1.05
+        assert not decoding.check_output(output, chosen).passed
+
+
+def test_bytes_of_a_step_are_what_its_tensors_hold(decoding):
+    index = decode.index_bytes(decoding, eight_bit=False) - work.bytes_of(decoding.index_query)
+    assert index == work.bytes_of(decoding.index_key_cache)
+    eight = decode.index_bytes(decoding, eight_bit=True) - work.bytes_of(decoding.index_query)
+    assert eight == work.bytes_of(*decoding.index_8)
+    chosen = decoding.select(eight_bit=False)
+    blocks = int((chosen >= 0).sum())
+    pages = work.bytes_of(decoding.key_cache[0], decoding.value_cache[0]) // TINY.groups
+    assert decode.attended_bytes(decoding) == blocks * pages + 2 * work.bytes_of(decoding.query)
 
 
 def test_options_that_cannot_work_are_refused(tmp_path, capsys):

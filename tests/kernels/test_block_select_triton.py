@@ -11,7 +11,13 @@ from kernel_oracles import packed_layout
 from msa_kernels import DocumentLayout, block_select
 from msa_kernels.block_select import e4m3
 from msa_kernels.common.outputs import BlockSelection
-from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
+from triton_interpreter import (
+    DEVICE,
+    needs_interpreter,
+    needs_triton,
+    run_tests_in_interpreter,
+    slow_in_interpreter,
+)
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 
@@ -19,6 +25,12 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 @needs_interpreter
 def test_the_kernels_pass_the_tests_below_in_the_interpreter():
     run_tests_in_interpreter(__file__)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_the_kernels_pass_the_slow_tests_below_in_the_interpreter():
+    run_tests_in_interpreter(__file__, slow=True)
 
 
 @pytest.fixture
@@ -153,11 +165,13 @@ CASES = [
     ([65] + [1] * 20 + [191], 2, 64, 64, 64),
     ([640], 1, 64, 64, 5),
 ]
+WITH_TIES = [CASES[1], pytest.param(*CASES[2], marks=slow_in_interpreter), *CASES[3:5]]
+DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=slow_in_interpreter)]
 cases = pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), CASES)
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @cases
 def test_scores_with_ties_give_exactly_the_blocks_of_the_reference(
     lengths, groups, dim, block_size, count, dtype
@@ -183,7 +197,7 @@ def test_random_scores_give_the_blocks_of_the_reference(lengths, groups, dim, bl
 
 @needs_triton
 @pytest.mark.parametrize("score_dtype", ["input", "e4m3"])
-@pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), CASES[1:5])
+@pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), WITH_TIES)
 def test_without_the_lse_ties_give_exactly_the_blocks_of_the_reference(
     lengths, groups, dim, block_size, count, score_dtype
 ):
@@ -200,7 +214,7 @@ def test_without_the_lse_ties_give_exactly_the_blocks_of_the_reference(
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("lengths", "groups", "dim", "block_size", "count"), [CASES[1], CASES[3]])
 def test_e4m3_gives_the_blocks_of_the_reference(lengths, groups, dim, block_size, count, dtype):
     index_q, index_k = random_index(sum(lengths), groups, dim, dtype)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from kernel_oracles import Inputs, packed_layout, random_inputs
 from msa_kernels import DocumentLayout, sparse_attention
-from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
+from triton_interpreter import (
+    DEVICE,
+    needs_interpreter,
+    needs_triton,
+    run_tests_in_interpreter,
+    slow_in_interpreter,
+)
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 NAMES = ("out", "lse", "kl", "dq", "dk", "dv", "dindex_q", "dindex_k")
@@ -18,6 +24,12 @@ NAMES = ("out", "lse", "kl", "dq", "dk", "dv", "dindex_q", "dindex_k")
 @needs_interpreter
 def test_the_kernels_pass_the_tests_below_in_the_interpreter():
     run_tests_in_interpreter(__file__)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_the_kernels_pass_the_slow_tests_below_in_the_interpreter():
+    run_tests_in_interpreter(__file__, slow=True)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +182,7 @@ def check(layout, num_keys, *, groups, group, dim, index_dim, block_size, slots,
 SHAPES = [
     # lengths, groups, heads per group, dim, index dim, block size, slots, KL
     ([100, 1, 0, 75], 2, 4, 64, 64, 64, 2, "group_mean"),
-    ([100, 1, 0, 75], 2, 4, 64, 64, 64, 2, "per_head"),
+    pytest.param(([100, 1, 0, 75], 2, 4, 64, 64, 64, 2, "per_head"), marks=slow_in_interpreter),
     ([1, 0, 200], 1, 16, 128, 64, 64, 3, "group_mean"),
     ([270], 1, 1, 64, 128, 128, 2, "per_head"),
     ([0, 130, 1], 1, 2, 64, 64, 128, 4, "group_mean"),
@@ -327,7 +339,11 @@ def test_without_the_index_branch_there_is_no_kl_and_the_rest_is_the_same():
 
 
 @needs_triton
-@pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (4,), (0, 4)], ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [(1, 2), (0, 4), *(pytest.param(one, marks=slow_in_interpreter) for one in [(0,), (3,), (4,)])],
+    ids=str,
+)
 def test_only_the_inputs_that_want_a_gradient_get_one_and_it_is_the_same(wanted):
     layout, inputs, block_ids = small_call()
 

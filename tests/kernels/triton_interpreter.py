@@ -23,10 +23,18 @@ needs_triton = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="run by t
 needs_interpreter = pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run in this process")
 
 
-def run_tests_in_interpreter(test_file: str) -> None:
-    """Run a test file in a process whose Triton interprets; fails with that process's output."""
+# What only a GPU runs in a second: `make test` leaves it out of the interpreter, `make test-slow` has it.
+slow_in_interpreter = [] if HAS_GPU and not INTERPRETED else [pytest.mark.slow]
+
+
+def run_tests_in_interpreter(test_file: str, *, slow: bool = False) -> None:
+    """Run a test file's fast tests, or its slow ones, in a process whose Triton interprets.
+
+    Fails with that process's output.
+    """
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", test_file]
+    command += ["-m", "slow" if slow else "not slow"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -51,7 +51,7 @@ def block_select_reference(
         ranked = visible & ~scores.isnan()
         block_score = scores.masked_fill(~ranked, -torch.inf).amax(dim=-1)
         block_score = blocks.of_own_document(block_score, queries, block_size)
-        block_ids = _choose(block_score, queries.query_position // block_size, num_selected_blocks)
+        block_ids = choose_blocks(block_score, queries.query_position // block_size, num_selected_blocks)
 
         if not with_lse:
             return block_ids.to(torch.int32), None
@@ -71,7 +71,7 @@ def block_select_reference(
     return BlockSelection(block_ids, index_lse)
 
 
-def _choose(block_score: Tensor, local_block: Tensor, num_selected_blocks: int) -> Tensor:
+def choose_blocks(block_score: Tensor, local_block: Tensor, num_selected_blocks: int) -> Tensor:
     """The ids of the best blocks, the local block last, -1 behind: int64 [Q, groups, num_selected_blocks].
 
     Args:

@@ -15,7 +15,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _ranking_key(score, block):
+def ranking_key(score, block):
     """int64 that orders by score and then by falling block id; all keys of a row differ.
 
     The bits of a float order like integers once the lower 31 bits of negative ones are flipped. Flipping all
@@ -42,7 +42,7 @@ def _put_in(chosen, worst, queue, count, ROWS: tl.constexpr):
         waits = place < count
         candidate = tl.load(queue + place * ROWS, mask=waits, other=0)
         score = (candidate >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        key = _ranking_key(score, candidate.to(tl.int32))
+        key = ranking_key(score, candidate.to(tl.int32))
         enters = waits & (key > worst)
         chosen = tl.where((chosen == worst[None, :]) & enters[None, :], key[None, :], chosen)
         worst = tl.min(chosen, axis=0)

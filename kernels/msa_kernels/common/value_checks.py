@@ -47,7 +47,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     if not is_debugging():
         return
     for name, tensor in tensors.items():
-        place = _first(~tensor.isfinite())
+        place = first_place(~tensor.isfinite())
         if place is not None:
             raise ValueError(
                 f"{name}{place} is {float(tensor[tuple(place)])}; all inputs must be finite (debug mode)"
@@ -56,7 +56,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 
 def check_layout_values(layout: DocumentLayout, num_keys: int) -> None:
     """Raises ValueError unless documents cover the keys and every query lies in its document."""
-    if not _reads(layout.device):
+    if not may_read(layout.device):
         return
     offsets = layout.document_offsets
     lengths = offsets.diff()
@@ -75,7 +75,7 @@ def check_layout_values(layout: DocumentLayout, num_keys: int) -> None:
             f"query_document must be 0 .. {layout.num_documents - 1}, "
             f"got {int(document.min())} .. {int(document.max())}"
         )
-    place = _first((position < 0) | (position >= lengths[document]))
+    place = first_place((position < 0) | (position >= lengths[document]))
     if place is not None:
         query = place[0]
         raise ValueError(
@@ -92,10 +92,10 @@ def check_block_id_values(block_ids: Tensor, layout: DocumentLayout, block_size:
         layout: of the Q queries.
         block_size: tokens per block.
     """
-    if not _reads(block_ids.device):
+    if not may_read(block_ids.device):
         return
     local = (layout.query_position // block_size)[:, None, None]
-    place = _first((block_ids < -1) | (block_ids > local))
+    place = first_place((block_ids < -1) | (block_ids > local))
     if place is not None:
         query, group, _ = place
         raise ValueError(
@@ -103,7 +103,7 @@ def check_block_id_values(block_ids: Tensor, layout: DocumentLayout, block_size:
             f"{int(layout.query_position[query])} of its document, sees blocks 0 .. {int(local[query])} of "
             f"{block_size} tokens (group {group}); -1 is padding"
         )
-    place = _first((block_ids[..., 1:] >= 0) & (block_ids[..., :-1] < 0))
+    place = first_place((block_ids[..., 1:] >= 0) & (block_ids[..., :-1] < 0))
     if place is not None:
         query, group, slot = place
         raise ValueError(
@@ -111,7 +111,7 @@ def check_block_id_values(block_ids: Tensor, layout: DocumentLayout, block_size:
             f"padding -1 (query {query}, group {group}); put the valid entries first"
         )
     ordered = block_ids.sort(dim=-1).values
-    place = _first((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0))
+    place = first_place((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0))
     if place is not None:
         query, group, slot = place
         raise ValueError(
@@ -120,11 +120,12 @@ def check_block_id_values(block_ids: Tensor, layout: DocumentLayout, block_size:
         )
 
 
-def _reads(device: torch.device) -> bool:
+def may_read(device: torch.device) -> bool:
+    """Whether values on this device are checked."""
     return device.type == "cpu" or (is_debugging() and device.type != "meta")
 
 
-def _first(wrong: Tensor) -> list[int] | None:
-    """The first place that is true."""
+def first_place(wrong: Tensor) -> list[int] | None:
+    """The first place that is true, None if there is none."""
     places = wrong.nonzero()
     return places[0].tolist() if len(places) else None
