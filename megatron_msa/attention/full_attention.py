@@ -14,6 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from megatron_msa.attention.cached_attention import KeyCacheContext, forward_with_cache
 from megatron_msa.attention.context_parallel import TokenLayout, layout_kind
 from megatron_msa.attention.dense_attention import DocumentAttention
 from megatron_msa.attention.key_exchange import KeyExchange, prefetched_in_backward
@@ -59,14 +60,17 @@ class FullSelfAttention(SelfAttention):
         *,
         inference_params: Any | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See Megatron's `Attention.forward`; inference contexts are not accepted here.
+        """See Megatron's `Attention.forward`; of inference contexts only a `KeyCacheContext` is accepted.
 
         Raises:
-            NotImplementedError: an inference context or an attention bias was passed.
+            NotImplementedError: another inference context or an attention bias was passed.
         """
+        if isinstance(inference_context, KeyCacheContext):
+            return forward_with_cache(self, hidden_states, rotary_pos_emb, inference_context)
         if inference_context is not None or inference_params is not None:
             raise NotImplementedError(
-                f"{type(self).__name__} has no inference cache; run the full forward pass"
+                f"{type(self).__name__} takes the inference cache of megatron_msa.inference only: a context "
+                "of Megatron's has no index keys"
             )
         if attention_bias is not None:
             raise NotImplementedError(f"{type(self).__name__} takes no attention bias")

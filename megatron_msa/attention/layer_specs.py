@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_msa.attention.cached_attention import CachedSelfAttention
 from megatron_msa.attention.dense_attention import DocumentAttention
 from megatron_msa.attention.full_attention import FullSelfAttention
 from megatron_msa.attention.full_width_norm import full_width_norms
@@ -113,11 +114,14 @@ def _layer_spec(spec: ModuleSpec, config: MSATransformerConfig, *, is_msa: bool)
             linear_proj=attention.linear_proj,
             q_layernorm=attention.q_layernorm,
             k_layernorm=attention.k_layernorm,
-            index_branch=IndexBranchSubmodules(linear_index_q=linear, index_norm=index_norm),
+            # Never Transformer Engine's: 8-bit training would rank the blocks by 8-bit projections.
+            index_branch=IndexBranchSubmodules(
+                linear_index_q=LocalSpecProvider().column_parallel_linear(), index_norm=index_norm
+            ),
         )
         changes["input_layernorm"] = _norm(config)
         changes["sharded_state_dict_keys_map"] = layer.sharded_state_dict_keys_map | _INPUT_NORM_KEY
-    module = layer.self_attention.module
+    module = CachedSelfAttention
     if is_msa:
         module = MSASelfAttention
     elif config.context_parallel_size > 1:

@@ -61,7 +61,8 @@ class MSASelfAttention(FullSelfAttention):
         self.phase = config.phase_schedule().phases[0]
         self.metrics = LayerMetrics()
         self.sample_quality = False
-        """Measure the selection in the next forward pass that computes the KL loss, then turn itself off."""
+        """Measure the selection in the next forward pass that computes the KL loss or trains nothing, then
+        turn itself off."""
 
     def _attention(
         self,
@@ -158,11 +159,11 @@ class MSASelfAttention(FullSelfAttention):
                     query, key, value, block_ids, layout, block_size=block_size, **common
                 )
         output = result.out
+        if self.sample_quality and (with_kl or not self.training):
+            self.sample_quality = False
+            self._measure_quality(query, key, index_query, index_key, block_ids, layout)
         if with_kl:
             self.metrics.add("kl", result.kl)
-            if self.sample_quality:
-                self.sample_quality = False
-                self._measure_quality(query, key, index_query, index_key, block_ids, layout)
             output = attach_loss(output, self._objective(result.kl))
         return output
 

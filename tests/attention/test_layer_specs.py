@@ -1,6 +1,7 @@
 """Which modules a layer is made of, and which layers a pipeline stage builds."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,12 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 
 from megatron_msa.attention import layer_specs
+from megatron_msa.attention.cached_attention import CachedSelfAttention
 from megatron_msa.attention.dense_attention import DocumentAttention
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.attention.layer_specs import msa_block_spec, msa_layer_specs, msa_mtp_spec
@@ -53,7 +54,7 @@ def attention_modules(specs: list[ModuleSpec]) -> list[type]:
 def test_the_pattern_says_which_layers_are_msa(pattern, expected):
     config = tiny_config(num_layers=4, msa_layer_freq=pattern)
     modules = attention_modules(msa_layer_specs(config))
-    assert modules == [MSASelfAttention if is_msa else SelfAttention for is_msa in expected]
+    assert modules == [MSASelfAttention if is_msa else CachedSelfAttention for is_msa in expected]
 
 
 def test_full_attention_layers_have_no_index_parameters_and_take_part_in_no_phase():
@@ -196,7 +197,7 @@ def test_a_stage_keeps_the_pattern_of_its_layers(as_pipeline_rank):
     as_pipeline_rank(1)
     config = tiny_config(**PIPELINE, msa_layer_freq="[0]*5+[1]*3")
     modules = attention_modules(msa_block_spec(config).layer_specs)
-    assert modules == [SelfAttention, *[MSASelfAttention] * 3]
+    assert modules == [CachedSelfAttention, *[MSASelfAttention] * 3]
 
 
 # -- multi-token prediction ----------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_prediction_layers_are_built_like_the_last_decoder_layer():
     config = tiny_config(mtp_num_layers=1, msa_layer_freq="[1,0]")
     (spec,) = msa_mtp_spec(config).layer_specs
     layer = spec.submodules
-    assert layer.mtp_model_layer.submodules.self_attention.module is SelfAttention
+    assert layer.mtp_model_layer.submodules.self_attention.module is CachedSelfAttention
     assert layer.enorm is layer.hnorm is layer.layer_norm is RMSNorm
     assert msa_mtp_spec(tiny_config()) is None
 
@@ -264,7 +265,7 @@ def test_with_transformer_engine_msa_layers_have_an_unfused_norm_and_projection(
     assert msa.input_layernorm is te.TENorm
     attention = msa.self_attention.submodules
     assert attention.linear_qkv is te.TEColumnParallelLinear
-    assert attention.index_branch.linear_index_q is te.TEColumnParallelLinear
+    assert attention.index_branch.linear_index_q is ColumnParallelLinear  # 8-bit training leaves it alone
     assert attention.linear_proj is te.TERowParallelLinear
     assert attention.core_attention is te.TEDotProductAttention
     assert attention.q_layernorm is attention.k_layernorm is attention.index_branch.index_norm is te.TENorm
@@ -280,8 +281,10 @@ def test_with_transformer_engine_full_attention_layers_are_megatrons_own():
     specs = msa_layer_specs(config)
     expected = gpt_layer_specs.get_gpt_decoder_layer_specs(config, True, normalization="RMSNorm")
     for spec, original in zip(specs, expected, strict=True):
-        for name in ("input_layernorm", "pre_mlp_layernorm", "sharded_state_dict_keys_map", "self_attention"):
+        for name in ("input_layernorm", "pre_mlp_layernorm", "sharded_state_dict_keys_map"):
             assert getattr(spec.submodules, name) == getattr(original.submodules, name)
+        attention = original.submodules.self_attention
+        assert spec.submodules.self_attention == replace(attention, module=CachedSelfAttention)
 
 
 @pytest.mark.usefixtures("transformer_engine")

@@ -163,7 +163,7 @@ def test_a_model_starts_in_the_first_phase_of_its_schedule():
 def test_what_the_layer_cannot_do_is_refused_by_name():
     layer = tiny_model().decoder.layers[0].self_attention
     hidden = torch.zeros(4, 1, 32, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="inference cache"):
+    with pytest.raises(NotImplementedError, match="has no index keys"):
         layer(hidden, None, inference_context=object())
     with pytest.raises(NotImplementedError, match="attention bias"):
         layer(hidden, None, attention_bias=hidden)
