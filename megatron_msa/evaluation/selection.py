@@ -1,0 +1,92 @@
+"""How good the block selection is at a length: block recall and score recall against full attention, per
+layer.
+
+Both are measured by the layers themselves, as in training (`msa_kernels.selection_quality`): for evenly
+spaced query rows, in chunks of rows, so that no matrix of all queries and keys is ever made. Rows that see no
+more than k blocks select all of them and do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_msa.attention.layer_metrics import msa_layers
+from megatron_msa.errors import ConfigError
+from megatron_msa.phases import Phase
+from megatron_msa.training.layer_reduction import collect
+
+RECALLS = ("block_recall", "score_recall")
+
+
+@torch.no_grad()
+def measure(model: GPTModel, sequences: Sequence[Sequence[int]], *, rows: int) -> dict[str, Any]:
+    """Run the model over texts with its sparse attention and measure every MSA layer.
+
+    Args:
+        model: whole layers on every rank (tensor parallelism is fine); its phase and mode are left as they
+            were.
+        sequences: token ids, each run by itself in one forward pass.
+        rows: query rows per layer and sequence.
+
+    Returns:
+        Per recall its mean over layers, and "per_layer" by layer number from 1; None where no row saw more
+        than k blocks.
+
+    Raises:
+        ConfigError: the model has no MSA layer, or its tokens are spread over context-parallel ranks.
+    """
+    config = model.config
+    if not any(True for _ in msa_layers(model)):
+        raise ConfigError(
+            "the checkpoint has no MSA layer, so there is no selection to measure: leave it out"
+        )
+    if config.context_parallel_size > 1:
+        raise ConfigError(
+            f"--context-parallel-size is {config.context_parallel_size}; the selection is measured with 1, "
+            "use tensor parallelism"
+        )
+    device = next(model.parameters()).device
+    with _measuring(model, rows):
+        for sequence in sequences:
+            for layer in msa_layers(model):
+                layer.sample_quality = True
+            tokens = torch.tensor([list(sequence)], device=device)
+            model(tokens, torch.arange(tokens.shape[1], device=device)[None], None)
+        found = collect([model], num_decoder_layers=config.num_layers, num_mtp_layers=0, device=device)
+    result: dict[str, Any] = {"sequences": len(sequences), "rows": rows, "per_layer": {}}
+    for name in RECALLS:
+        layers = found.get(name, {})
+        result[name] = sum(layers.values()) / len(layers) if layers else None
+        result["per_layer"][name] = {str(number): value for number, value in layers.items()}
+    return result
+
+
+@contextmanager
+def _measuring(model: GPTModel, rows: int) -> Iterator[None]:
+    """Sparse attention, no logits (they would take vocabulary x tokens), and fresh metrics in every MSA
+    layer."""
+    layers = list(msa_layers(model))
+    before = (
+        [layer.phase for layer in layers],
+        model.post_process,
+        model.training,
+        model.config.msa_quality_rows,
+    )
+    for layer in layers:
+        layer.phase = Phase.SPARSE
+        layer.metrics.reset()
+    model.post_process, model.config.msa_quality_rows = False, rows
+    model.eval()
+    try:
+        yield
+    finally:
+        phases, model.post_process, training, model.config.msa_quality_rows = before
+        for layer, phase in zip(layers, phases, strict=True):
+            layer.phase, layer.sample_quality = phase, False
+            layer.metrics.reset()
+        model.train(training)

@@ -1,0 +1,1 @@
+"""What is asked: each task builds samples of any length."""

@@ -1,0 +1,133 @@
+"""Tables and pictures say what the cells say."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megatron_msa.errors import ConfigError
+from megatron_msa.evaluation import plots, report, wandb_upload
+from megatron_msa.evaluation.plan import Cell
+
+HEADER = {
+    "settings": {
+        "samples": 2,
+        "seed": 1,
+        "style": "completion",
+        "haystack_name": "lines",
+        "methods": ["generation"],
+    },
+    "checkpoint": {"name": "run", "iteration": 1200},
+    "versions": {"device": "CPU", "commit": "abc", "torch": "2.11", "triton": "3.6"},
+}
+
+
+def needle(attention: str, length: int, depth: float, *scores: float):
+    return Cell(attention, "needle", length, depth), {"scores": {"generation": list(scores)}, "seconds": 1.0}
+
+
+RESULTS = dict(
+    [
+        needle("msa", 1024, 0.0, 1.0, 0.0),
+        needle("msa", 1024, 1.0, 1.0, 1.0),
+        needle("msa", 131072, 0.0, 0.0, 0.0),
+        needle("dense", 1024, 0.0, 1.0, 1.0),
+        (Cell("msa", "perplexity", 1024), {"mean_loss": 2.5, "bin_ends": [512, 1024], "loss": [3.0, 2.0]}),
+        (
+            Cell("msa", "selection", 1024),
+            {
+                "block_recall": 0.7,
+                "score_recall": 0.9,
+                "per_layer": {"block_recall": {"1": 0.6, "2": 0.8}, "score_recall": {"1": 0.9, "2": 0.9}},
+            },
+        ),
+    ]
+)
+
+
+def test_the_table_has_means_over_samples_and_depths_by_length():
+    text = report.markdown(HEADER, RESULTS)
+    for line in (
+        "# Long-context evaluation of run, iteration 1,200",
+        "| task | attention | 1,024 | 131,072 |",
+        "| needle | msa | 0.750 | 0.000 |",
+        "| needle | dense | 1.000 | - |",
+        "| perplexity | msa | 2.5000 |",
+        "| block recall | msa | 0.700 |",
+        "| score recall | msa | 0.900 |",
+    ):
+        assert line in text.splitlines()
+    assert "Guessing" not in text
+
+
+def test_the_json_has_every_cell_with_settings_and_versions(tmp_path):
+    report.write(tmp_path, HEADER, RESULTS)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {key: found[key] for key in HEADER} == HEADER
+    assert len(found["cells"]) == len(RESULTS)
+    (row,) = (
+        row for row in found["cells"] if (row["attention"], row["length"], row["depth"]) == ("msa", 1024, 0.0)
+    )
+    assert row["scores"] == {"generation": [1.0, 0.0]}
+    assert row["mean_scores"] == {"generation": 0.5}
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def share_of(colour, picture) -> float:
+    """Of the pixels."""
+    return float((np.abs(picture[..., :3] - np.array(colour[:3])).max(-1) < 0.02).mean())
+
+
+def test_a_score_has_the_same_colour_in_every_heatmap(tmp_path):
+    """The scale is fixed: neither the best nor the worst score of a picture changes it."""
+    half = plots._SCORES(0.5)
+    for name, others in (("low", [0.0, 0.25]), ("high", [0.75, 1.0]), ("alone", [])):
+        cells = [needle("msa", 1024 * 2**n, 0.5, score) for n, score in enumerate([0.5, *others])]
+        plots.draw_heatmaps(tmp_path / f"{name}.png", dict(cells), title="run", method="generation")
+        assert share_of(half, imread(tmp_path / f"{name}.png")) > 0.05
+
+
+def test_missing_cells_are_grey_and_both_modes_side_by_side(tmp_path):
+    plots.draw_heatmaps(tmp_path / "both.png", RESULTS, title="run", method="generation")
+    one = {cell: result for cell, result in RESULTS.items() if cell.attention == "msa"}
+    plots.draw_heatmaps(tmp_path / "one.png", one, title="run", method="generation")
+    both, alone = imread(tmp_path / "both.png"), imread(tmp_path / "one.png")
+    assert both.shape[1] > 1.4 * alone.shape[1]
+    grey = (0xD5 / 255, 0xD8 / 255, 0xDC / 255)
+    assert share_of(grey, both) > 0.05, "dense was not measured in three of four cells"
+
+
+def test_every_kind_of_cell_gets_its_picture(tmp_path):
+    files = plots.draw_all(tmp_path, RESULTS, title="run", methods=["generation"])
+    assert [file.name for file in files] == [
+        "needle_generation.png",
+        "recall_by_length.png",
+        "perplexity_by_position.png",
+    ]
+    assert all(imread(file).std() > 0.01 for file in files)
+
+
+def test_a_selection_without_dropped_blocks_is_drawn_as_such(tmp_path):
+    nothing = {
+        "block_recall": None,
+        "score_recall": None,
+        "per_layer": {"block_recall": {}, "score_recall": {}},
+    }
+    plots.draw_all(tmp_path, {Cell("msa", "selection", 64): nothing}, title="run", methods=[])
+    assert (tmp_path / "recall_by_length.png").exists()
+    assert "Selection" not in report.markdown(HEADER, {Cell("msa", "selection", 64): nothing})
+
+
+def test_uploads_have_one_number_per_task_mode_and_length(monkeypatch, tmp_path):
+    assert wandb_upload.scalars(RESULTS, ["generation"]) == {
+        "generation/needle/msa/1024": 0.75,
+        "generation/needle/msa/131072": 0.0,
+        "generation/needle/dense/1024": 1.0,
+        "mean_loss/perplexity/msa/1024": 2.5,
+        "block_recall/selection/msa/1024": 0.7,
+        "score_recall/selection/msa/1024": 0.9,
+    }
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        wandb_upload.upload(RESULTS, [], HEADER, project="p", name="n", methods=[])
