@@ -1,0 +1,77 @@
+# What the recipes for clusters share; sourced by them, after model.sh and stages.sh.
+#
+#   LONG_RUN, OPTIMIZER, KERNELS   arrays of flags
+#   pretrain_stage STAGE FLAG...   from scratch, or from the weights in FROM
+#   convert_dense STAGE FLAG...    from the dense checkpoint in DENSE; START, SPARSE and END count its iterations
+#
+# SAVE is the folder of the run's checkpoints. LAUNCH is what starts the processes. TE=0 does without Transformer Engine.
+ROOT="$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")"
+export PYTHON="${PYTHON:-python}"
+
+LONG_RUN=(
+    # SIGTERM (time limit, preemption): finish the step, save, end with status 0.
+    --exit-signal-handler
+    # Every rank writes its share (of 1.5 TB for the 109B model on 512 GPUs: 3 GB). Not in the background: 0.19.2 does
+    # that through a worker process, and waits for it for ever when it dies.
+    --save-interval 500
+    # The checkpoint before is deleted once the next one is complete, except every 5,000th.
+    --save-retain-interval 5000
+    # So that the number of GPUs and the layout may change on the way (docs/parallelism.md).
+    --dist-ckpt-optim-fully-reshardable
+    --ckpt-fully-parallel-load
+    # Start-up and the first step compile and meet; after that a silent rank is given up after ten minutes.
+    --distributed-timeout-minutes 60 --distributed-timeout-seconds-after-init 600
+    # Collect garbage in all processes at the same step: one that pauses keeps all others waiting.
+    --manual-gc --manual-gc-interval 100
+    # A NaN in loss or gradients stops the run, after a second attempt has shown whether it is the hardware (16: not
+    # repeatable, 17: repeatable). A loss out of the ordinary is reported.
+    --rerun-mode validate_results --check-for-spiky-loss
+    --log-interval 1 --log-throughput --msa-quality-interval 100
+)
+
+OPTIMIZER=(
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    # ours; the paper names no optimizer
+    --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --weight-decay 0.1 --clip-grad 1.0
+)
+
+KERNELS=()
+if [[ "${TE:-1}" != 0 ]]; then
+    KERNELS=(
+        --transformer-impl transformer_engine
+        --moe-grouped-gemm --moe-permute-fusion # one call for all experts of a rank instead of one each
+        # The loss works in the logits' own memory: 200,000 of them per token are 1.2 MB otherwise.
+        --cross-entropy-loss-fusion --cross-entropy-fusion-impl te
+    )
+fi
+
+# A run that has checkpoints goes on from the newest complete one. One that has none starts with the weights of FROM,
+# as iteration 0 with a new optimizer; without FROM, at random. Sets LOADING.
+start_or_resume() {
+    LOADING=(--save "$SAVE" --load "$SAVE")
+    local newest
+    newest="$("$PYTHON" "$ROOT/tools/newest_checkpoint.py" "$SAVE")"
+    if [[ -n "$newest" ]]; then
+        LOADING+=(--ckpt-step "$newest")
+    elif [[ -n "${FROM:-}" ]]; then
+        LOADING+=(--pretrained-checkpoint "$FROM")
+    fi
+}
+
+pretrain_stage() {
+    : "${SAVE:?folder of the checkpoints of this stage}"
+    stage "${1:-}"
+    start_or_resume
+    local launch
+    read -ra launch <<< "${LAUNCH:-$PYTHON}"
+    exec "${launch[@]}" "$ROOT/pretrain_msa.py" "${MODEL[@]}" "${MSA[@]}" "${TRAINING[@]}" "${LAYOUT[@]}" \
+        "${OPTIMIZER[@]}" "${KERNELS[@]}" "${LONG_RUN[@]}" "${LOADING[@]}" --tokenizer-type HuggingFaceTokenizer "${@:2}"
+}
+
+convert_dense() {
+    stage "$1"
+    local rate=(--lr 3e-5 --min-lr 3e-6 --lr-decay-style cosine --lr-warmup-iters 0) # ours
+    export START SPARSE END
+    exec "$ROOT/examples/convert_gqa/pretrain.sh" "${MODEL[@]}" "${MSA[@]}" "${TRAINING[@]}" "${rate[@]}" \
+        "${LAYOUT[@]}" "${OPTIMIZER[@]}" "${KERNELS[@]}" "${LONG_RUN[@]}" --tokenizer-type HuggingFaceTokenizer "${@:2}"
+}

@@ -1,0 +1,66 @@
+# The stages of the 109B model: one per context length, each a run of its own with its own folder and data.
+#
+# From the paper: 3T tokens, of which the first 40B warm the index branch up. Everything else here is ours.
+#
+# - A stage starts with the weights of the one before it and a new optimizer. Megatron finds its place in the data by
+#   counting sequences, so a run cannot change their length; and weights, unlike Adam's moments, load in any layout.
+# - 16.8M tokens a step (192k: 12.6M, which divides).
+# - Layouts are those that tools/plan.py finds best for 512 H100. Those of 8k and 32k divide and fit for 128 to 2,048;
+#   192k and 1m have too few sequences in a step for more GPUs and too many parameters on each for fewer.
+#   docs/planning.md has the best ones for 128 and 2,048.
+# - Documents in a sequence do not see each other: what a document attends to does not depend on its neighbours.
+# Sets TRAINING and LAYOUT.
+stage() {
+    local sequence batch iterations schedule=sparse@0 rate
+    case "$1" in
+    8k)
+        sequence=8192 batch=2048 iterations=178814 # 3T tokens
+        schedule=warmup@0,sparse@40Btok
+        rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2000)
+        LAYOUT=(
+            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
+            --context-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+        )
+        ;;
+    32k)
+        sequence=32768 batch=512 iterations=5961 # 100B tokens
+        rate=(--lr 3e-5 --min-lr 3e-5 --lr-decay-style constant --lr-warmup-iters 100)
+        LAYOUT=(
+            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
+            --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+        )
+        ;;
+    192k)
+        sequence=196608 batch=64 iterations=3179 # 40B tokens
+        rate=(--lr 3e-5 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 100)
+        # Two stages of two parts each; only the inputs of the layers are kept.
+        LAYOUT=(
+            --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
+            --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+        )
+        ;;
+    1m)
+        sequence=1048576 batch=16 iterations=597 # 10B tokens
+        rate=(--lr 1e-5 --min-lr 1e-5 --lr-decay-style constant --lr-warmup-iters 50)
+        # Tensor parallelism divides the gathered keys and values, which context parallelism does not.
+        LAYOUT=(
+            --tensor-model-parallel-size 4 --sequence-parallel
+            --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et*11|t*10|t*10|t*10L'
+            --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+        )
+        ;;
+    *)
+        echo "error: unknown stage '$1'; choose 8k, 32k, 192k or 1m" >&2
+        return 2
+        ;;
+    esac
+    TRAINING=(
+        --seq-length "$sequence" --max-position-embeddings "$sequence"
+        --micro-batch-size 1 --global-batch-size "$batch" --train-iters "$iterations"
+        --msa-schedule "$schedule" --dataloader-inter-document-masking
+        "${rate[@]}" --seed 1234
+        --eval-interval 1000 --eval-iters 8 --split 999,1,0
+    )
+}

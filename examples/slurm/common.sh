@@ -1,0 +1,190 @@
+# What the job files share: checks, submission, the life of a job. Needs ROOT.
+#
+# A job file is run, not submitted: outside of a job it checks the site's values and submits itself, in a job it starts
+# the processes. `--dry-run` as the first argument prints every command instead.
+#
+# One policy for all ends:
+#   status 0                       done, unless SIGTERM came first: then the job is put back into the queue
+#   status 2                       a setting was refused: it would be again
+#   status 17                      the same NaN twice (Megatron's rerun machine): it would come again
+#   any other                      back into the queue, at most MAX_RETRIES times without a new checkpoint in between;
+#                                  then the job ends with that status
+source "$ROOT/examples/slurm/site.sh"
+
+DRY_RUN=no
+if [[ "${1:-}" == --dry-run ]]; then
+    DRY_RUN=yes
+    shift
+fi
+
+show() { printf '%q ' "$@"; echo; }
+
+check_site() {
+    local name missing=()
+    for name in ACCOUNT PARTITION NODES LOGS "$@"; do
+        [[ -n "${!name:-}" ]] || missing+=("$name")
+    done
+    [[ -n "$IMAGE$VENV" ]] || missing+=("IMAGE or VENV")
+    if ((${#missing[@]})); then
+        printf 'error: %s is not set; fill it in in examples/slurm/site.sh or in the environment\n' "${missing[@]}" >&2
+        return 2
+    fi
+    if [[ -n "$VENV" && -z "$IMAGE" && ! -x "$VENV/bin/python" ]]; then
+        echo "error: VENV is $VENV, but $VENV/bin/python does not exist; pass the folder of a Python environment" >&2
+        return 2
+    fi
+    if [[ ! "$NODES" =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: NODES is '$NODES'; it must be a positive number" >&2
+        return 2
+    fi
+}
+
+# submit NAME FILE ARGUMENT...
+submit() {
+    local name="$1" file="$2"
+    shift 2
+    local tasks=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1)) command extra
+    read -ra extra <<< "$SBATCH_FLAGS"
+    command=(
+        sbatch --parsable --job-name="$name" --account="$ACCOUNT" --partition="$PARTITION"
+        --nodes="$NODES" --ntasks-per-node="$tasks" --time="$TIME"
+        --requeue --open-mode=append --output="$LOGS/$name-%j.log"
+        # To the batch shell alone, which passes it on: only it knows whether the job is to be put back.
+        --signal="B:TERM@$SAVE_SECONDS"
+        --export=ALL
+    )
+    ((GPUS_PER_NODE > 0)) && command+=(--gpus-per-node="$GPUS_PER_NODE")
+    [[ -n "${ARRAY:-}" ]] && command+=(--array="$ARRAY")
+    command+=("${extra[@]}" "$file" "$@")
+    export MSA_ROOT="$ROOT"
+    if [[ "$DRY_RUN" == yes ]]; then
+        show "${command[@]}"
+        SLURM_JOB_ID=JOB SLURM_JOB_NODELIST=NODES run_job "$name" "$@"
+        return
+    fi
+    mkdir -p "$LOGS"
+    "${command[@]}"
+}
+
+# Sets LAUNCH, which starts the processes of a job on its nodes, and PYTHON, for what a recipe asks before that.
+launcher() {
+    local logs="$1" command extra
+    read -ra extra <<< "$SRUN_FLAGS"
+    # One process per GPU, without torchrun, which would end its processes 30 seconds after SIGTERM.
+    command=(srun --label --kill-on-bad-exit=1 --wait=120 --output="$logs/rank-%t.log" "${extra[@]}")
+    if [[ -n "$IMAGE" ]]; then
+        command+=(--container-image="$IMAGE" --no-container-mount-home)
+        [[ -n "$MOUNTS" ]] && command+=(--container-mounts="$MOUNTS")
+        command+=(python)
+        PYTHON="$ROOT/examples/slurm/in_image.sh"
+        [[ "$DRY_RUN" == no ]] || PYTHON=true # the image is on the cluster: a dry run takes it that nothing is saved yet
+    else
+        command+=("$VENV/bin/python")
+        PYTHON="$VENV/bin/python"
+    fi
+    LAUNCH="${command[*]}"
+    export LAUNCH PYTHON IMAGE MOUNTS
+}
+
+network() {
+    local logs="$1"
+    # Kernels start in the order of their launch, which the overlap of tensor-parallel communication needs.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+    # Segments that grow: sequences of many lengths would tear memory apart.
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    # NVLink multicast takes memory for each of the many communicators, and context parallelism does not use it.
+    export NCCL_NVLS_ENABLE=0
+    # A node's memory of its last collectives, written when the watchdog ends a run that hangs: who did not come.
+    export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+    export TORCH_FR_DUMP_TEMP_FILE="$logs/collectives-rank-"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+    [[ -n "$NCCL_IB_HCA" ]] || unset NCCL_IB_HCA
+    [[ -n "$NCCL_SOCKET_IFNAME" ]] || unset NCCL_SOCKET_IFNAME
+}
+
+# run_job NAME COMMAND...: the life of a job. COMMAND starts the processes with LAUNCH. SAVE tells progress.
+run_job() {
+    shift
+    local logs="$LOGS/$SLURM_JOB_ID/attempt-${SLURM_RESTART_COUNT:-0}" status=0
+    launcher "$logs"
+    network "$logs"
+    if [[ "$DRY_RUN" == yes ]]; then
+        show env LAUNCH="$LAUNCH" "$@"
+        # What a recipe makes of it.
+        LAUNCH="$ROOT/examples/common/print_arguments.sh $LAUNCH" "$@" | paste -sd ' '
+        return
+    fi
+    mkdir -p "$logs"
+    STOPPING=no
+    trap stop TERM
+    "$@" &
+    local child=$!
+    # The trap interrupts `wait`, which is then called again for the status of the child itself.
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        kill -0 "$child" 2> /dev/null || break
+    done
+    trap - TERM
+    echo "$(date -Is) attempt ${SLURM_RESTART_COUNT:-0}: status $status, stopping: $STOPPING, iteration: $(iteration)"
+    finish "$status"
+}
+
+# SIGTERM: before the time limit, at preemption, or by hand. The processes save and end by themselves.
+stop() {
+    STOPPING=yes
+    echo "$(date -Is) SIGTERM: the processes save and end"
+    scancel --signal=TERM "$SLURM_JOB_ID" || true
+}
+
+iteration() {
+    local file="${SAVE:-}/latest_checkpointed_iteration.txt"
+    if [[ -f "$file" ]]; then cat "$file"; else echo none; fi
+}
+
+finish() {
+    local status="$1" record="$LOGS/$SLURM_JOB_ID/failures" last=none count=0 now
+    if [[ "$status" == 0 ]]; then
+        [[ "$STOPPING" == yes ]] && requeue "stopped after a save"
+        exit 0
+    fi
+    if [[ "$status" == 2 || "$status" == 17 ]]; then
+        echo "error: status $status is not tried again; the logs of the processes say why" >&2
+        exit "$status"
+    fi
+    now="$(iteration)"
+    [[ -f "$record" ]] && read -r last count < "$record"
+    [[ "$now" == "$last" ]] || count=0
+    count=$((count + 1))
+    echo "$now $count" > "$record"
+    if ((count > MAX_RETRIES)); then
+        echo "error: $count failures at iteration $now; the last one with status $status" >&2
+        exit "$status"
+    fi
+    requeue "failure $count at iteration $now, status $status"
+    exit "$status"
+}
+
+requeue() {
+    # A job that was cancelled is on its way out and must stay there; a preempted one SLURM puts back itself.
+    local state
+    state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
+    if [[ "$state" != RUNNING ]]; then
+        echo "$(date -Is) not put back ($1): the job is $state"
+        return
+    fi
+    echo "$(date -Is) back into the queue: $1"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # SLURM ends this shell
+}
+
+# main NAME FILE RECIPE ARGUMENT...
+main() {
+    if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+        check_site
+        run_job "$1" "${@:3}"
+    else
+        check_site
+        submit "$@"
+    fi
+}

@@ -1,0 +1,138 @@
+"""The recipes for clusters: accepted by every check of a real start, and of the sizes that they claim."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_msa.checkpoint.hf.megatron_model import build, single_process
+from megatron_msa.errors import ConfigError
+from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size
+from megatron_msa.training import argument_checks, arguments, megatron_fixes
+from megatron_msa.training.parameter_count import count_parameters
+from tests.planning.conftest import REPOSITORY, Flags
+
+GPUS = {"msa_109b": 512, "pilot_10b": 64}
+STAGES = [("msa_109b", stage) for stage in ("8k", "32k", "192k", "1m")]
+STAGES += [("pilot_10b", stage) for stage in ("8k", "32k", "192k")]
+
+
+def start(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> tuple[argparse.Namespace, MSAModelConfig]:
+    """What pretrain_msa.py does before it starts a process group, as the first of so many processes."""
+    megatron_fixes.apply()
+    monkeypatch.setattr(sys, "argv", ["pretrain_msa.py", *flags])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    args = arguments.parse_arguments(has_gpu=False)
+    arguments.tokenizer_from_args(args)
+    return args, arguments.model_config_from_args(args)
+
+
+@pytest.mark.parametrize(("recipe", "stage"), STAGES)
+def test_a_stage_passes_the_checks_of_a_real_start(
+    recipe: str, stage: str, recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, config = start(recipe_flags(f"{recipe}/pretrain.sh", stage), monkeypatch, GPUS[recipe])
+    tokens = args.global_batch_size * args.seq_length
+    assert tokens == pytest.approx({"msa_109b": 2**24, "pilot_10b": 2**22}[recipe], rel=0.26)
+    assert config.transformer.msa_layer_pattern() == [1] * args.num_layers
+    assert args.exit_signal_handler
+
+
+@pytest.mark.parametrize("recipe", GPUS)
+def test_the_conversion_and_its_dense_start_pass_the_checks(
+    recipe: str, recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layers = {"msa_109b": 41, "pilot_10b": 16}[recipe]
+    dense = recipe_flags(
+        f"{recipe}/pretrain.sh", "8k", "--msa-schedule", "dense@0", MSA_LAYERS=f"([0]*{layers})"
+    )
+    _, config = start(dense, monkeypatch, GPUS[recipe])
+    assert sum(config.transformer.msa_layer_pattern()) == 0
+
+    flags = recipe_flags(f"{recipe}/convert.sh", DENSE=str(tmp_path / "dense"))
+    # All checks but that of the dense checkpoint, which only a run can make.
+    with pytest.raises(ConfigError, match="--msa-init-index is set, but there is no checkpoint in --load"):
+        start(flags, monkeypatch, GPUS[recipe])
+    option = flags.index("--msa-init-index")
+    args, _ = start(flags[:option] + flags[option + 2 :], monkeypatch, GPUS[recipe])
+    first, second = args.msa_schedule.split(",")
+    assert (first, second.partition("@")[0]) == ("warmup@0", "sparse")
+    assert args.train_iters > int(second.partition("@")[2])
+
+
+def test_the_first_three_layers_can_keep_full_attention(
+    recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = recipe_flags("msa_109b/pretrain.sh", "8k", MSA_LAYERS="([0]*3+[1]*38)")
+    _, config = start(flags, monkeypatch, GPUS["msa_109b"])
+    assert config.transformer.msa_layer_pattern() == [0] * 3 + [1] * 38
+
+
+def test_the_kernels_of_transformer_engine_are_asked_for_by_default(
+    recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = recipe_flags("msa_109b/pretrain.sh", "8k", TE="1")
+    if not argument_checks.transformer_engine_present():
+        with pytest.raises(ConfigError, match="Transformer Engine is not installed"):
+            start(flags, monkeypatch, GPUS["msa_109b"])
+    assert "--moe-grouped-gemm" in flags
+    assert flags[flags.index("--cross-entropy-fusion-impl") + 1] == "te"
+
+
+def test_an_unknown_stage_and_a_missing_folder_are_refused() -> None:
+    script = REPOSITORY / "examples/msa_109b/pretrain.sh"
+    result = subprocess.run([script, "64k"], env={"SAVE": "x", "PATH": "/bin:/usr/bin"}, capture_output=True)
+    assert result.returncode == 2
+    assert b"unknown stage '64k'; choose 8k, 32k, 192k or 1m" in result.stderr
+    result = subprocess.run([script, "8k"], env={"PATH": "/bin:/usr/bin"}, capture_output=True)
+    assert result.returncode != 0
+    assert b"SAVE: folder of the checkpoints" in result.stderr
+
+
+def parameters(config: MSAModelConfig) -> dict[str, int]:
+    """Of Megatron's own model, built without memory for them."""
+    config.transformer.perform_initialization = False
+    config.transformer.use_cpu_initialization = True
+    # One process holds all of it.
+    for size in ("pipeline", "tensor", "context", "expert"):
+        name = f"{size}_model_parallel_size" if size != "context" else "context_parallel_size"
+        setattr(config.transformer, name, 1)
+    config.transformer.pipeline_model_parallel_layout = None
+    config.transformer.virtual_pipeline_model_parallel_size = None
+    with single_process(), torch.device("meta"):
+        return {name: parameter.numel() for name, parameter in build(config).named_parameters()}
+
+
+def test_the_pilot_has_the_sizes_of_the_paper(recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = start(recipe_flags("pilot_10b/pretrain.sh", "8k"), monkeypatch, GPUS["pilot_10b"])
+    built = parameters(config)
+    count = count_parameters(config.transformer, padded_vocab_size=200_064, untied_embeddings=False)
+    assert sum(built.values()) == count.total
+    index = sum(size for name, size in built.items() if "index_branch" in name)
+    # The paper's 10.53B and 1.47B, which include the 0.41B of the shared vocabulary matrix once, are those of
+    # the GQA form.
+    assert round((count.total - index) / 1e9, 2) == 10.53
+    assert round((count.active - index) / 1e9, 2) == 1.47
+    assert round(count.total / 1e9, 2) == 10.55
+
+
+@pytest.mark.slow  # a model of 15,000 modules
+def test_the_large_model_has_109b_parameters(recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = start(recipe_flags("msa_109b/pretrain.sh", "8k"), monkeypatch, GPUS["msa_109b"])
+    built = parameters(config)
+    assert padded_vocab_size(config) == 200_064
+    count = count_parameters(config.transformer, padded_vocab_size=200_064, untied_embeddings=True)
+    assert sum(built.values()) == count.total == 107_944_752_640
+    assert count.total == pytest.approx(109e9, rel=0.01)
+    # Active by the convention that gives the pilot's 1.47B. The paper's "6B" is nearer to what is left
+    # without the output projection.
+    assert count.active == 7_277_131_264
+    without_vocabulary = count.active - count.active_by_part["output"]
+    assert without_vocabulary == 6_662_534_656
+    assert without_vocabulary // 10**9 == 6

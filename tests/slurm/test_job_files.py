@@ -1,0 +1,172 @@
+"""The SLURM job files without SLURM: what they refuse, what they would start, and how a job ends."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SLURM = REPOSITORY / "examples/slurm"
+SITE = {"ACCOUNT": "lab", "PARTITION": "h100", "NODES": "64", "VENV": sys.prefix}
+RECIPE = ["examples/msa_109b/pretrain.sh", "8k", "--data-path", "a folder/text"]
+
+
+def run(file: str, *arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    base = {"PATH": os.environ["PATH"], "SAVE": str(folder / "save"), "LOGS": str(folder / "logs"), "TE": "0"}
+    return subprocess.run(
+        [SLURM / file, *arguments],
+        cwd=REPOSITORY,
+        env=base | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["ACCOUNT", "PARTITION", "NODES", "VENV"])
+def test_nothing_is_submitted_while_a_site_value_is_missing(name: str, tmp_path: Path) -> None:
+    values = {key: value for key, value in SITE.items() if key != name}
+    # An sbatch that would be found is one that must not be called.
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho called\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = run("pretrain.sbatch", *RECIPE, folder=tmp_path, **values | {"PATH": path})
+    assert result.returncode == 2
+    assert f"{name} is not set; fill it in in examples/slurm/site.sh" in result.stderr
+    assert "called" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"NODES": "many"}, "NODES is 'many'; it must be a positive number"),
+        ({"VENV": "/nowhere"}, "/nowhere/bin/python does not exist"),
+    ],
+)
+def test_a_site_value_that_cannot_work_is_refused(
+    changes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    result = run("pretrain.sbatch", *RECIPE, folder=tmp_path, **SITE | changes)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_a_dry_run_prints_the_submission_and_the_processes(tmp_path: Path) -> None:
+    result = run("pretrain.sbatch", "--dry-run", *RECIPE, folder=tmp_path, **SITE)
+    assert result.returncode == 0, result.stderr
+    submission, recipe, processes = result.stdout.splitlines()
+    words = shlex.split(submission)
+    assert words[0] == "sbatch"
+    assert {"--account=lab", "--partition=h100", "--nodes=64", "--ntasks-per-node=8", "--requeue"} <= {*words}
+    assert "--signal=B:TERM@900" in words
+    assert words[-4:] == RECIPE
+    assert shlex.split(recipe)[-4:] == RECIPE
+    assert processes.startswith("srun --label --kill-on-bad-exit=1")
+    assert f"{sys.prefix}/bin/python {REPOSITORY}/pretrain_msa.py --num-layers 41" in processes
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_image_replaces_the_environment(tmp_path: Path) -> None:
+    site = {key: value for key, value in SITE.items() if key != "VENV"}
+    site |= {"IMAGE": "msa.sqsh", "MOUNTS": "/data:/data"}
+    result = run("pretrain.sbatch", "--dry-run", *RECIPE, folder=tmp_path, **site)
+    assert result.returncode == 0, result.stderr
+    assert "--container-image=msa.sqsh --no-container-mount-home --container-mounts=/data:/data python " in (
+        result.stdout
+    )
+
+
+def test_an_evaluation_is_an_array_of_one_node_jobs(tmp_path: Path) -> None:
+    command = ["examples/evaluate.sh", "checkpoint"]
+    result = run("evaluate.sbatch", "--dry-run", "true", *command, folder=tmp_path, **SITE, ARRAY="0-3")
+    assert result.returncode == 0, result.stderr
+    assert {"--nodes=1", "--array=0-3"} <= {*shlex.split(result.stdout.splitlines()[0])}
+
+
+def test_a_conversion_needs_its_dense_checkpoint(tmp_path: Path) -> None:
+    result = run("convert.sbatch", "examples/msa_109b/convert.sh", folder=tmp_path, **SITE)
+    assert result.returncode != 0
+    assert "DENSE: folder of the dense checkpoints" in result.stderr
+
+
+# -- how a job ends: the commands of SLURM are recorded, the job's own command is a shell -------------
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Run a job's shell until it ends; returns its status and the commands of SLURM that it gave."""
+    calls = tmp_path / "calls"
+    for name in ("scontrol", "scancel", "squeue", "sleep"):
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        answer = 'cat "$STATE_FILE"' if name == "squeue" else ":"
+        script.write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n{answer}\n')
+        script.chmod(0o755)
+    state = tmp_path / "state"
+
+    def start(command: str, *, job_state: str = "RUNNING", attempt: int = 0) -> tuple[int, list[str]]:
+        calls.write_text("")
+        state.write_text(job_state)
+        result = run(
+            "pretrain.sbatch",
+            *("bash", "-c", command),
+            folder=tmp_path,
+            **SITE,
+            PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+            STATE_FILE=str(state),
+            SLURM_JOB_ID="7",
+            SLURM_RESTART_COUNT=str(attempt),
+            MAX_RETRIES="2",
+        )
+        return result.returncode, calls.read_text().splitlines()
+
+    return start
+
+
+# $PPID is the job's shell.
+TERM_BY_SLURM = "kill -TERM $PPID; /bin/sleep 1; "
+
+
+def test_a_finished_job_ends_with_status_0(job) -> None:
+    assert job("exit 0") == (0, [])
+
+
+def test_after_a_signal_and_a_save_the_job_is_put_back(job) -> None:
+    status, calls = job(TERM_BY_SLURM + "exit 0")
+    assert status == 0
+    assert calls[0] == "scancel --signal=TERM 7"  # passed on to the processes
+    assert "scontrol requeue 7" in calls
+
+
+def test_a_cancelled_job_stays_cancelled(job) -> None:
+    _, calls = job(TERM_BY_SLURM + "exit 0", job_state="COMPLETING")
+    assert not any(call.startswith("scontrol") for call in calls)
+
+
+def test_a_failure_is_tried_again_so_often_and_its_status_is_kept(job) -> None:
+    for attempt in range(2):
+        status, calls = job("exit 3", attempt=attempt)
+        assert (status, "scontrol requeue 7" in calls) == (3, True)
+    status, calls = job("exit 3", attempt=2)
+    assert (status, "scontrol requeue 7" in calls) == (3, False)
+
+
+def test_a_new_checkpoint_starts_the_count_of_failures_anew(job, tmp_path: Path) -> None:
+    (tmp_path / "save").mkdir()
+    for attempt in range(5):
+        (tmp_path / "save/latest_checkpointed_iteration.txt").write_text(str(100 * attempt))
+        _, calls = job("exit 1", attempt=attempt)
+        assert "scontrol requeue 7" in calls
+
+
+@pytest.mark.parametrize("status", [2, 17], ids=["a refused setting", "the same NaN twice"])
+def test_what_would_fail_again_is_not_tried_again(job, status: int) -> None:
+    assert job(f"exit {status}") == (status, [])
+
+
+def test_a_process_that_fails_while_it_stops_is_a_failure(job) -> None:
+    status, calls = job(TERM_BY_SLURM + "exit 9")
+    assert status == 9
+    assert "scontrol requeue 7" in calls
