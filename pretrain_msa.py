@@ -23,8 +23,9 @@ HAS_GPU = not no_gpu.install_if_no_gpu()  # before Megatron's training package i
 
 def main() -> None:
     from megatron_msa.errors import ConfigError
-    from megatron_msa.training import arguments, megatron_fixes
+    from megatron_msa.training import arguments, megatron_fixes, slurm_ranks
 
+    os.environ.update(slurm_ranks.adopt(os.environ))
     megatron_fixes.apply()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -57,7 +58,7 @@ def main() -> None:
     with lost_processes.explained(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            make_datasets_provider(args, lambda: tokenizer),
+            make_datasets_provider(args, lambda: tokenizer, run.data_counts),
             ModelType.encoder_or_decoder,
             partial(forward_step, on_batch=run.on_batch),
         )

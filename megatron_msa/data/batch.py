@@ -43,7 +43,10 @@ from megatron.core.utils import (
 
 from megatron_msa.attention.context_parallel import batch_layout, layout_kind
 from megatron_msa.attention.packing import attached_token_layout
+from megatron_msa.data.multimodal.visuals import visuals_on_this_rank
 from megatron_msa.errors import ConfigError
+from megatron_msa.model.vision.config import VisionConfig
+from megatron_msa.model.vision.inputs import VisualInput
 
 # What the helpers of Megatron look up in a batch; other keys (dataset_id of a blend) are left out.
 _BATCH_KEYS = (
@@ -76,6 +79,9 @@ class Batch(NamedTuple):
     """int64; where tokens are."""
     packed_seq_params: PackedSeqParams | None
     """The documents, on every stage; None when documents are not separated."""
+    visual_input: VisualInput | None = None
+    """The images and videos of all samples, also those whose tokens other context-parallel ranks hold; first
+    stage of a multimodal model. None for a microbatch of text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,9 @@ class BatchSettings:
     mtp_num_layers: int | None = None
     pipeline_layout: PipelineParallelLayerLayout | None = None
     """The custom pipeline layout, if any; it says where multi-token prediction lies."""
+    patch_values: int | None = None
+    """Numbers in a patch of an image; None for a text model."""
+    patch_dtype: torch.dtype = torch.float32
 
     @classmethod
     def from_args(cls, args: Any) -> "BatchSettings":
@@ -114,6 +123,7 @@ class BatchSettings:
             cp_layout=args.msa_cp_layout,
             mtp_num_layers=args.mtp_num_layers,
             pipeline_layout=layout,
+            **_patches(args),
         )
         if settings.context_parallel_size > 1 and settings.mtp_num_layers:
             settings._check_shifted_labels()
@@ -180,8 +190,17 @@ def get_batch(
         return Batch(None, None, None, None, None, None)
 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    batch = _next_on_device(data_iterator, settings) if tp_rank == 0 else {}
+    sample = _next_sample(data_iterator, settings) if tp_rank == 0 else None
     is_first, is_last = _stage(vp_stage)
+    visual_input = None
+    if settings.patch_values is not None and is_first:
+        visual_input = visuals_on_this_rank(
+            sample,
+            patch_values=settings.patch_values,
+            dtype=settings.patch_dtype,
+            device=_device(),
+        )
+    batch = _on_device(sample) if sample is not None else {}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=settings.separate_documents,
@@ -217,6 +236,7 @@ def get_batch(
         attention_mask=None,
         position_ids=batch["position_ids"],
         packed_seq_params=documents,
+        visual_input=visual_input,
     )
 
 
@@ -297,9 +317,13 @@ def _stage(vp_stage: int | None) -> tuple[bool, bool]:
     )
 
 
-def _next_on_device(
-    data_iterator: Iterator[dict[str, Any]] | None, settings: BatchSettings
-) -> dict[str, torch.Tensor | None]:
+def _patches(args: Any) -> dict[str, Any]:
+    """The settings of `BatchSettings` that only a multimodal model has."""
+    vision = VisionConfig.from_args(args)
+    return {} if vision is None else {"patch_values": vision.patch_values, "patch_dtype": args.params_dtype}
+
+
+def _next_sample(data_iterator: Iterator[dict[str, Any]] | None, settings: BatchSettings) -> dict[str, Any]:
     if data_iterator is None:
         raise ConfigError(
             "this rank has no data iterator but needs one: build the datasets with make_datasets_provider, "
@@ -311,8 +335,15 @@ def _next_on_device(
             "the dataset gives no document offsets (cu_seqlens): it was built without "
             "--dataloader-inter-document-masking."
         )
-    device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
+    return sample
+
+
+def _on_device(sample: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     return {
-        key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
+        key: sample[key].to(_device(), non_blocking=True) if sample.get(key) is not None else None
         for key in _BATCH_KEYS
     }
+
+
+def _device() -> torch.device | int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")

@@ -22,6 +22,7 @@ from megatron_msa.data.metadata import (
     tokenizer_config_from_args,
     tokenizer_fingerprint,
 )
+from megatron_msa.data.multimodal.checks import check_multimodal_data
 from megatron_msa.errors import ConfigError
 
 # Megatron's default when --data-path is given without --split.
@@ -123,17 +124,22 @@ def validate_data_paths(args: Any, tokenizer: Any = None) -> None:
 
     _check_flags(args)
     BatchSettings.from_args(args)
+    tokenizer_of_run = functools.cache(
+        lambda: tokenizer if tokenizer is not None else load_tokenizer(tokenizer_config_from_args(args))
+    )
+    is_multimodal = getattr(args, "multimodal_data_path", None) is not None
+    if is_multimodal:
+        check_multimodal_data(args, tokenizer_of_run())
     if args.mock_data:
         return
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
+        if is_multimodal:
+            return
         raise ConfigError(
             "no data: pass --data-path (or --train-data-path, ...), or --mock-data for generated tokens."
         )
 
-    tokenizer_of_run = functools.cache(
-        lambda: tokenizer if tokenizer is not None else load_tokenizer(tokenizer_config_from_args(args))
-    )
     if blend is not None:
         matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split or _DEFAULT_SPLIT))
         jobs = [(prefix, matrix) for prefix in blend[0]]

@@ -10,6 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 
 from megatron_msa.data.batch import BatchSettings
 from megatron_msa.data.checks import validate_data_paths
+from megatron_msa.data.multimodal.counts import DataCounts
 
 __all__ = ["build_datasets", "dataset_config_from_args", "make_datasets_provider", "validate_data_paths"]
 
@@ -82,7 +83,9 @@ def build_datasets(
     return BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), is_built_on_rank, config).build()
 
 
-def make_datasets_provider(args: Any, get_tokenizer: Callable[[], Any]) -> Callable[..., list[Any]]:
+def make_datasets_provider(
+    args: Any, get_tokenizer: Callable[[], Any], data_counts: DataCounts | None = None
+) -> Callable[..., list[Any]]:
     """The `train_valid_test_datasets_provider` that Megatron's `pretrain()` takes.
 
     Args:
@@ -90,12 +93,15 @@ def make_datasets_provider(args: Any, get_tokenizer: Callable[[], Any]) -> Calla
         get_tokenizer: returns the run's tokenizer; called when the datasets are built, because Megatron
             builds the tokenizer after the provider is handed over. Training passes
             `megatron.training.get_tokenizer`.
+        data_counts: where multimodal data is counted.
     """
 
     def train_valid_test_datasets_provider(
         train_val_test_num_samples: Sequence[int | None], vp_stage: int | None = None
     ) -> list[Any]:
         train, valid, test = train_val_test_num_samples
+        if getattr(args, "multimodal_data_path", None) is not None:
+            return _build_multimodal(args, get_tokenizer(), (train, valid, test), data_counts)
         if valid is not None and getattr(args, "eval_at_start", False):
             # Megatron counts the validations of the loop and the last one; without these samples the first
             # one would take those of the last, and its iterator would run dry.
@@ -105,3 +111,29 @@ def make_datasets_provider(args: Any, get_tokenizer: Callable[[], Any]) -> Calla
     # Megatron then calls it on every rank, as the builder needs, and not on tensor-parallel rank 0 alone.
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     return train_valid_test_datasets_provider
+
+
+def _build_multimodal(
+    args: Any, tokenizer: Any, num_samples: Sequence[int | None], data_counts: DataCounts | None
+) -> list[Any]:
+    """The loaders of multimodal data, and of the text that is mixed in; Megatron takes them as they are."""
+    # Imports Energon, which is optional.
+    from megatron_msa.data.multimodal.loaders import LoaderFactory, Place
+
+    factory = LoaderFactory(args, tokenizer, Place.of_this_process())
+    train, valid, test = num_samples
+    text: list[Any] = [None, None, None]
+    if factory.config.share < 1:
+        # Validation reads the same sequences each time.
+        evaluation = args.eval_iters * args.eval_global_batch_size
+        wanted = (train, valid and evaluation, test and evaluation)
+        text = build_datasets(
+            args, tokenizer, [each and max(1, factory.text_sequences(each)) for each in wanted]
+        )
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return [None, None, None]
+    return [
+        None if args.skip_train else factory.train(text[0], data_counts),
+        factory.evaluation("val", text[1]) if args.eval_iters and factory.has("val") else None,
+        factory.evaluation("test", text[2]) if args.eval_iters and factory.has("test") else None,
+    ]

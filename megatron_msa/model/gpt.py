@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -19,6 +20,9 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_msa.attention.layer_specs import msa_block_spec, msa_mtp_spec
 from megatron_msa.config import MSATransformerConfig
 from megatron_msa.errors import ConfigError
+from megatron_msa.model.multimodal import MultimodalGPT
+from megatron_msa.model.vision.config import VisionConfig
+from megatron_msa.model.vision.flops import projector_width
 
 
 @dataclass(kw_only=True)
@@ -27,6 +31,8 @@ class MSAModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_msa.model.gpt.MSAModelBuilder"
     transformer: MSATransformerConfig
+    vision: VisionConfig | None = None
+    """The vision encoder of a multimodal model; None: text only."""
 
     def __post_init__(self) -> None:
         if self.transformer_layer_spec is not None:
@@ -36,6 +42,47 @@ class MSAModelConfig(GPTModelConfig):
                 "--position-embedding-type is mrope; MSA layers take positions of one dimension, use rope"
             )
         self._check_rotary_dimensions()
+        if self.vision is not None:
+            self._check_vision(self.vision)
+
+    def with_vision(self, vision: VisionConfig | None) -> MSAModelConfig:
+        """This model with another vision part.
+
+        Raises:
+            ConfigError: a vision part that does not fit the model.
+        """
+        return replace(self, vision=vision)
+
+    def _check_vision(self, vision: VisionConfig) -> None:
+        config = self.transformer
+        if not vision.placeholder_ids:
+            raise ConfigError(
+                "--vision-image-token-id is missing: which token of the vocabulary stands where an image is"
+            )
+        assert self.vocab_size is not None
+        for token in vision.placeholder_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"a placeholder token has the id {token} (--vision-image-token-id, "
+                    f"--vision-video-token-id), but the vocabulary has {self.vocab_size} tokens"
+                )
+        if config.mtp_num_layers:
+            raise ConfigError(
+                f"--mtp-num-layers is {config.mtp_num_layers}: multi-token prediction embeds the following "
+                "tokens as words and would see placeholders instead of images; leave it out with "
+                "--vision-mode"
+            )
+        width, size = projector_width(vision, config.hidden_size), config.tensor_model_parallel_size
+        for flag, value in (
+            ("--vision-num-attention-heads", vision.vision_num_attention_heads),
+            ("--vision-ffn-hidden-size", vision.vision_ffn_hidden_size),
+            ("--vision-projector-hidden-size", width),
+        ):
+            if value % size:
+                raise ConfigError(
+                    f"{flag} {value} is not divisible by --tensor-model-parallel-size {size}; change one of "
+                    "them"
+                )
 
     def _check_rotary_dimensions(self) -> None:
         """The index branch gets the rotary embedding of the attention heads and must be as wide as it."""
@@ -68,7 +115,10 @@ class MSAModelBuilder(GPTModelBuilder):
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
-        model = GPTModel(
+        model_class = GPTModel
+        if model_config.vision is not None:
+            model_class = partial(MultimodalGPT, vision=model_config.vision)
+        model = model_class(
             config=config,
             transformer_layer_spec=msa_block_spec(config, vp_stage),
             mtp_block_spec=msa_mtp_spec(config, vp_stage),

@@ -10,6 +10,7 @@ from megatron_msa.errors import ConfigError
 from megatron_msa.phases import PhaseSchedule
 from megatron_msa.training.layout_checks import check_layout
 from megatron_msa.training.phase_control import freezes
+from megatron_msa.training.vision_start import vision_checkpoint
 
 
 def is_installed(module: str) -> bool:
@@ -45,6 +46,8 @@ def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
             f"--seq-length {args.seq_length} is not a multiple of --msa-block-size {args.msa_block_size}; "
             "use a sequence length of whole blocks"
         )
+    if args.vision_mode != "none":
+        _check_vision(args)
     check_layout(args)
     if args.save and not args.save_interval:
         raise ConfigError("--save is set without --save-interval; say every how many iterations to save")
@@ -88,6 +91,23 @@ def _unsupported(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
         ("--perform-rl-step", args.perform_rl_step, "pretraining"),
     ]
     return [(flag, value, allowed) for flag, value, allowed in settings if value]
+
+
+def _check_vision(args: argparse.Namespace) -> None:
+    """What the loss and the documents of a multimodal model need; the model checks its own sizes."""
+    if not (args.calculate_per_token_loss or args.skip_train):
+        raise ConfigError(
+            f"--vision-mode {args.vision_mode} needs --calculate-per-token-loss: visual tokens have no loss, "
+            "so microbatches differ in the tokens that count, and a mean of their means would depend on the "
+            "layout; add the flag"
+        )
+    if args.vision_mode == "freeze" and not (args.vision_load or args.load or args.pretrained_checkpoint):
+        raise ConfigError(
+            "--vision-mode freeze without --vision-load or --load would keep an encoder of random weights; "
+            "say where its weights are, or use --vision-mode train"
+        )
+    if args.vision_load:
+        vision_checkpoint(args.vision_load)
 
 
 def _check_wandb(args: argparse.Namespace) -> None:

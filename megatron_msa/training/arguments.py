@@ -15,8 +15,11 @@ from megatron_msa.checkpoint.inspection import check_checkpoint
 from megatron_msa.config import MSATransformerConfig, msa_field_names
 from megatron_msa.data.datasets import validate_data_paths
 from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args
+from megatron_msa.data.multimodal.checks import prepare_args
+from megatron_msa.data.multimodal.config import MultimodalDataConfig
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
+from megatron_msa.model.vision.config import VisionConfig
 from megatron_msa.training import argument_checks, megatron_fixes, no_gpu
 
 _NO_EVALUATION_INTERVAL = 10**12
@@ -29,6 +32,8 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
 
     inherited = [name for name in TransformerConfig.__dataclass_fields__ if name not in msa_field_names()]
     ArgumentGroupFactory(MSATransformerConfig, exclude=inherited).build_group(parser, title="msa")
+    ArgumentGroupFactory(VisionConfig).build_group(parser, title="vision encoder")
+    ArgumentGroupFactory(MultimodalDataConfig).build_group(parser, title="multimodal data")
     group = parser.add_argument_group("msa run")
     group.add_argument(
         "--dry-run",
@@ -83,7 +88,7 @@ def parse_arguments(*, has_gpu: bool) -> argparse.Namespace:
 
     if any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv[1:]):
         raise ConfigError("--yaml-cfg is set, which replaces all flags; pass the settings as flags instead")
-    with _megatron_refusals():
+    with megatron_refusals():
         args = parse_args(lambda parser: add_msa_arguments(parser, has_gpu=has_gpu))
         # In a dry run Megatron's list of all arguments goes to stderr: stdout is for the report.
         with contextlib.redirect_stdout(sys.stderr if args.dry_run else sys.stdout):
@@ -93,6 +98,7 @@ def parse_arguments(*, has_gpu: bool) -> argparse.Namespace:
             argument_checks.check_flags(args, has_gpu=has_gpu)
             # Attention is causal by construction and documents are separated by offsets: no dense mask.
             args.create_attention_mask_in_dataloader = False
+            prepare_args(args)
             validate_args(args)
     argument_checks.check_training(args)
     if not args.eval_interval:
@@ -134,10 +140,11 @@ def model_config_from_args(args: argparse.Namespace) -> MSAModelConfig:
     """
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
-    with _megatron_refusals():
+    with megatron_refusals():
         transformer = core_transformer_config_from_args(args, MSATransformerConfig)
         config = gpt_config_from_args(args, config=transformer, model_config_cls=MSAModelConfig)
         config.rope_scaling_factor = args.rope_scaling_factor  # which 0.19.2 forgets
+        config = config.with_vision(VisionConfig.from_args(args))
         msa_layer_specs(transformer)  # builds no module, but refuses what no layer can be made of
     if args.msa_init_index is not None:
         index_initialization.check_method(
@@ -163,7 +170,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _megatron_refusals() -> Iterator[None]:
+def megatron_refusals() -> Iterator[None]:
     """Megatron reports settings it cannot use with assertions and ValueErrors: make them `ConfigError`s."""
     try:
         yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megatron_msa.config import msa_field_names
+from megatron_msa.data.multimodal.checks import described_parts
+from megatron_msa.data.multimodal.config import MultimodalDataConfig
 from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size
 from megatron_msa.training.parameter_count import count_parameters
 
@@ -51,12 +53,18 @@ def describe(args: argparse.Namespace, model_config: MSAModelConfig) -> str:
         config,
         padded_vocab_size=vocabulary,
         untied_embeddings=not model_config.share_embeddings_and_output_weights,
+        vision=model_config.vision,
     )
     sections = {
         "MSA": {name: getattr(config, name) for name in msa_field_names()},
         "Backbone": {name: getattr(config, name, None) for name in _BACKBONE} | {"vocabulary": vocabulary},
         "Parallel layout and batch": {name: getattr(args, name, None) for name in _PARALLEL},
     }
+    if model_config.vision is not None:
+        sections["Vision encoder"] = vars(model_config.vision)
+    data = MultimodalDataConfig.from_args(args)
+    if data is not None:
+        sections["Multimodal data"] = {**vars(data), **described_parts(args)}
     lines: list[str] = []
     for title, values in sections.items():
         lines += [title, *(f"  {name:<38} {value}" for name, value in values.items()), ""]

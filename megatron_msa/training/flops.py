@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from megatron_msa.training.parameter_count import LayerKind
 
 # Matrix products over the attended pairs, each 2 d H_q per pair.
-_FORWARD_PRODUCTS = 2
+FORWARD_PRODUCTS = 2
 # Fused kernels recompute the scores in the backward pass, because the scores do not fit in memory. With 4
 # instead of 5 the figures would follow the convention of Megatron and PaLM: backward is twice the forward.
 _BACKWARD_PRODUCTS = 5
@@ -153,7 +153,7 @@ def step_flops(
     num_msa = sum(kind.is_msa for kind in layers)
 
     vocabulary = config.hidden_size * padded_vocab_size
-    weights = sum(_matrix_sizes(config, kind) for kind in layers) + vocabulary
+    weights = sum(layer_matrix_size(config, kind) for kind in layers) + vocabulary
     weights += mtp_depth * (mtp_projection_size(config) + vocabulary)
     backbone = 2 * num_tokens * weights  # forward
     index_projections = 2 * num_tokens * index_matrix_size(config)  # forward
@@ -161,7 +161,7 @@ def step_flops(
     main = 2 * config.kv_channels * config.num_attention_heads
     index = 2 * index_head_dim(config) * (config.num_query_groups or config.num_attention_heads)
 
-    attention = _FORWARD_PRODUCTS + _BACKWARD_PRODUCTS
+    attention = FORWARD_PRODUCTS + _BACKWARD_PRODUCTS
     full_layer = attention * main * causal_pairs
     dense_equivalent = 3 * backbone + len(layers) * full_layer
     if phase is Phase.DENSE:
@@ -170,7 +170,7 @@ def step_flops(
     scores_and_projections = index * causal_pairs + 2 * index_projections
     if phase is Phase.INDEX_ONLY:
         teacher_and_kl = (main + _KL_PRODUCTS * index) * causal_pairs
-        executed = backbone + len(layers) * _FORWARD_PRODUCTS * main * causal_pairs
+        executed = backbone + len(layers) * FORWARD_PRODUCTS * main * causal_pairs
         executed += num_msa * (scores_and_projections + teacher_and_kl)
     else:
         attended = sparse_pairs if phase is Phase.SPARSE else causal_pairs
@@ -180,7 +180,7 @@ def step_flops(
     return StepFlops(executed=executed, dense_equivalent=dense_equivalent)
 
 
-def _matrix_sizes(config: MSATransformerConfig, kind: LayerKind) -> int:
+def layer_matrix_size(config: MSATransformerConfig, kind: LayerKind) -> int:
     """Weights of a layer that a token is multiplied by, without the index branch."""
     size = attention_matrix_size(config)
     if not kind.is_moe:

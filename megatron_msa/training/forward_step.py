@@ -44,6 +44,8 @@ def forward_step(
     timers("batch-generator").stop()
     if training and not vp_stage:  # every virtual stage of a rank sees the same batches
         on_batch(batch)
+    # A text model does not know the argument; without images neither kind needs it.
+    visuals = {} if batch.visual_input is None else {"visual_input": batch.visual_input}
     with _straggler_timer:
         output = model(
             batch.tokens,
@@ -52,6 +54,7 @@ def forward_step(
             labels=batch.labels,
             loss_mask=batch.loss_mask,
             packed_seq_params=batch.packed_seq_params,
+            **visuals,
         )
     return output, partial(loss_func, batch.loss_mask)
 

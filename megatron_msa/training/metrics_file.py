@@ -10,7 +10,9 @@ Rows have an ``event`` and an ``iteration``, the number of finished steps. NaN a
   the last step: ``phase``, ``learning_rate``, ``grad_norm``, ``loss_scale``; ``tokens`` since training
   began. On steps where the selection was measured also ``block_recall``, ``score_recall``,
   ``selection_entropy``, ``local_block_share`` and ``first_block_share``, each the mean over layers.
-  ``<name>_per_layer`` maps layer numbers (from 1) to values.
+  ``<name>_per_layer`` maps layer numbers (from 1) to values. With --multimodal-data-path ``data`` has the
+  sums since the row before it: ``sequences``, ``documents`` (multimodal samples), ``visuals`` (images and
+  videos), ``visual_tokens``, ``padding_tokens`` and ``skipped_samples`` (see --multimodal-on-error).
 - ``validation`` and ``test``: ``lm_loss`` and the ``phase`` in which it was evaluated.
 """
 

@@ -6,7 +6,7 @@ Two numbers, for a GPTModel with rotary embeddings:
 - active: what one token is multiplied by in a training step. Of the routed experts only the top-k count.
   Of the vocabulary matrices only the output projection counts (the shared matrix if embeddings are tied),
   because reading one row of an input embedding table multiplies nothing. MTP layers count, with the top-k
-  of their experts.
+  of their experts. The vision encoder and its projector do not: no token of text goes through them.
 
 This convention reproduces the sizes that the paper gives for its pilot model, 10.53B total and 1.47B active
 (arXiv 2606.13392; 16 layers, hidden 2048, 64 experts of 1536 and one shared, top-4, vocabulary 200,000), for
@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_msa.errors import ConfigError
 from megatron_msa.layer_pattern import parse_layer_pattern
+from megatron_msa.model.vision.flops import encoder_parameters, projector_parameters
 
 if TYPE_CHECKING:
     from megatron_msa.config import MSATransformerConfig
+    from megatron_msa.model.vision.config import VisionConfig
 
 PARTS = (
     "embedding",
@@ -38,6 +40,8 @@ PARTS = (
     "router",
     "norms",
     "mtp",
+    "vision_encoder",
+    "vision_projector",
 )
 
 
@@ -78,7 +82,11 @@ class LayerKind(NamedTuple):
 
 
 def count_parameters(
-    config: MSATransformerConfig, *, padded_vocab_size: int, untied_embeddings: bool
+    config: MSATransformerConfig,
+    *,
+    padded_vocab_size: int,
+    untied_embeddings: bool,
+    vision: VisionConfig | None = None,
 ) -> ParameterCount:
     """Count the parameters of Megatron's GPTModel with MSA layers.
 
@@ -86,6 +94,7 @@ def count_parameters(
         config: Megatron's TransformerConfig with the msa_* fields.
         padded_vocab_size: rows of the embedding table, padding included.
         untied_embeddings: whether the output projection has a matrix of its own.
+        vision: the encoder of a multimodal model.
 
     Raises:
         ConfigError: the model has parts that are not counted here (latent attention, latent experts, ...).
@@ -99,6 +108,9 @@ def count_parameters(
             counts.update(_layer_parameters(config, kind, num_experts=experts))
         counts["norms"] += _norm_parameters(config, config.hidden_size)  # the final norm
         counts["mtp"] = _stored_mtp_layers(config) * _mtp_layer_parameters(config, num_experts=experts)
+    if vision is not None:
+        total["vision_encoder"] = encoder_parameters(vision)
+        total["vision_projector"] = projector_parameters(vision, config.hidden_size)
     return ParameterCount(
         total=total.total(),
         active=active.total(),

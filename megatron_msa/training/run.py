@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.data.batch import Batch
+from megatron_msa.data.multimodal.counts import DataCounts
 from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
 from megatron_msa.phases import Phase, PhaseSchedule
 from megatron_msa.training.console import StepLine
@@ -26,7 +27,8 @@ from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
 from megatron_msa.training.parameter_groups import SavedGroups
 from megatron_msa.training.phase_control import PhaseAwareStep, late_start_warning, set_phase
-from megatron_msa.training.speed import AttendedPairs, speed
+from megatron_msa.training.speed import AttendedPairs, EncodedPatches, speed
+from megatron_msa.training.vision_start import VisionStart
 
 
 class StepTotals:
@@ -73,8 +75,16 @@ class TrainingRun:
         self.index_start: IndexBranchStart | None = None
         if args.msa_init_index is not None:
             self.index_start = IndexBranchStart(args.msa_init_index, self.config, rotary_dims(model_config))
+        self.vision_start: VisionStart | None = None
+        if model_config.vision is not None:
+            self.vision_start = VisionStart(model_config.vision.vision_load)
         self.pairs = AttendedPairs(self.config, args.seq_length)
+        self.patches: EncodedPatches | None = None
+        if model_config.vision is not None:
+            self.patches = EncodedPatches(model_config.vision, self.config.hidden_size)
         self.totals = StepTotals()
+        self.data_counts = DataCounts() if getattr(args, "multimodal_data_path", None) else None
+        """Of multimodal data, filled by its loader."""
         self._line: StepLine | None = None
         self._metrics_file: MetricsFile | None = None
         self._seconds_in_rows = 0.0
@@ -95,6 +105,8 @@ class TrainingRun:
     def load(self, checkpoint: Path, request: dict[str, Any], read: Callable[[], dict[str, Any]]) -> None:
         """Around the reading of a checkpoint: ``request`` is Megatron's sharded state dict."""
         groups = SavedGroups(request)
+        if self.vision_start is not None:
+            self.vision_start.before_load(checkpoint, request)
         if self.index_start is not None:
             self.index_start.before_load(checkpoint, request)
         loaded = read()
@@ -106,6 +118,8 @@ class TrainingRun:
         self.model = model
         if self.index_start is not None:
             self.index_start.finish(model, optimizer)
+        if self.vision_start is not None:
+            self.vision_start.finish(model, optimizer)
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
         for line in self.schedule.describe():
@@ -129,7 +143,9 @@ class TrainingRun:
                 layer.sample_quality = True
 
     def on_batch(self, batch: Batch) -> None:
-        """Count the document lengths of a training microbatch (packed documents only)."""
+        """Count the document lengths of a training microbatch (packed documents only) and its patches."""
+        if self.patches is not None and batch.visual_input is not None:
+            self.patches.add(batch.visual_input)
         if batch.packed_seq_params is not None:
             offsets = batch.packed_seq_params.cu_seqlens_q
             self.pairs.add_documents(offsets)
@@ -217,9 +233,15 @@ class TrainingRun:
             if name != "kl":
                 row[name] = sum(layers.values()) / len(layers)
                 row[f"{name}_per_layer"] = layers
+        if self.data_counts is not None:
+            row["data"] = self.data_counts.take(torch.cuda.current_device())
         causal, sparse = self.pairs.per_step(
             sequences, totals.steps, parallel_state.get_data_parallel_group(), torch.cuda.current_device()
         )
+        vision_flops = 0.0
+        if self.patches is not None:
+            copies = args.tensor_model_parallel_size * args.context_parallel_size
+            vision_flops = self.patches.flops_per_step(totals.steps, copies, torch.cuda.current_device())
         row |= speed(
             self.config,
             padded_vocab_size=padded_vocab_size(self.model_config),
@@ -230,6 +252,7 @@ class TrainingRun:
             seconds=seconds,
             num_devices=args.world_size,
             peak_tflops=peak_bf16_tflops(torch.cuda.get_device_name()),
+            vision_flops=vision_flops,
         )
         return row
 
@@ -242,6 +265,7 @@ class TrainingRun:
             print(self._line.format(row), flush=True)
         scalars = {f"msa/{name}": row[name] for name in _SCALARS if row.get(name) is not None}
         scalars |= {f"msa/kl_layer_{layer}": value for layer, value in row.get("kl_per_layer", {}).items()}
+        scalars |= {f"msa/data/{name}": value for name, value in row.get("data", {}).items()}
         iteration = row["iteration"]
         if (writer := get_tensorboard_writer()) is not None:
             for name, value in scalars.items():

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_msa.config import MSATransformerConfig
+from megatron_msa.model.vision.config import VisionConfig
+from megatron_msa.model.vision.flops import step_flops as step_flops_of_vision
+from megatron_msa.model.vision.inputs import VisualInput
+from megatron_msa.model.vision.segments import cut_into_segments
 from megatron_msa.training.flops import causal_pairs, sparse_pairs, step_flops
 
 
@@ -38,6 +42,35 @@ class AttendedPairs:
         return causal, sparse
 
 
+class EncodedPatches:
+    """Patches that the vision encoder took since the last log line, and their (query, key) pairs."""
+
+    def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
+        self._vision = vision
+        self._hidden_size = hidden_size
+        self._counted = [0, 0]
+
+    def add(self, visuals: VisualInput) -> None:
+        """Add the visuals of a microbatch; their sizes are on the host."""
+        for segment in cut_into_segments(visuals.grid_thw.tolist(), self._vision):
+            self._counted[0] += segment.patches
+            self._counted[1] += segment.patches**2
+
+    def flops_per_step(self, steps: int, copies: int, device: torch.device | int | str) -> float:
+        """Of a step on all ranks. Collective over all ranks.
+
+        Args:
+            steps: since the last log line.
+            copies: ranks that were given the same microbatch.
+            device: of the sums.
+        """
+        total = torch.tensor(self._counted, device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        self._counted = [0, 0]
+        patches, pairs = (total / (steps * copies)).tolist()
+        return step_flops_of_vision(self._vision, self._hidden_size, patches=patches, pairs=pairs)
+
+
 def speed(
     config: MSATransformerConfig,
     *,
@@ -49,10 +82,12 @@ def speed(
     seconds: float,
     num_devices: int,
     peak_tflops: float | None,
+    vision_flops: float = 0.0,
 ) -> dict[str, float | None]:
     """Speed of a step of ``seconds`` seconds; TFLOP/s and MFU are per device.
 
     ``mfu`` divides the executed FLOPs by the dense bf16 peak, and is None on hardware whose peak is unknown.
+    ``vision_flops`` of a step belong to both FLOP figures.
     """
     flops = step_flops(
         config,
@@ -63,10 +98,10 @@ def speed(
         phase=phase,
     )
     per_device = 1e12 * seconds * num_devices
-    executed = flops.executed / per_device
+    executed = (flops.executed + vision_flops) / per_device
     return {
         "tokens_per_second": tokens / seconds,
         "tflops_executed": executed,
-        "tflops_dense_equivalent": flops.dense_equivalent / per_device,
+        "tflops_dense_equivalent": (flops.dense_equivalent + vision_flops) / per_device,
         "mfu": executed / peak_tflops if peak_tflops else None,
     }

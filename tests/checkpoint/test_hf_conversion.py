@@ -18,7 +18,6 @@ from megatron_msa.checkpoint.hf.families import FAMILIES, MINIMAX_M3, by_config
 from megatron_msa.checkpoint.hf.megatron_model import single_process
 from megatron_msa.checkpoint.hf.safetensors_files import SafetensorsReader
 
-VISION = ["vision_tower", "multi_modal_projector", "patch_merge_mlp"]
 FP32_NOISE = 2e-5
 """Logits are about 3; the two models differ in the order of additions: 3e-6 measured."""
 
@@ -38,8 +37,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(name: str, dtype: torch.dtype = torch.float32) -> Converted:
         folder = tmp_path_factory.mktemp(name)
         save_model(name, folder / "hf", dtype=dtype)
-        extra = VISION if name == "minimax_m3" else []
-        report = to_megatron.convert(folder / "hf", folder / "megatron", allow_extra=extra)
+        report = to_megatron.convert(folder / "hf", folder / "megatron")
         return Converted(folder / "hf", folder / "megatron", report)
 
     return make
@@ -78,8 +76,7 @@ def test_the_way_back_gives_the_same_bytes_and_the_same_config(
     convert: Any, name: str, tmp_path: Path
 ) -> None:
     model = convert(name)
-    source = model.source if name == "minimax_m3" else None  # its vision tensors are only there
-    report = to_hf.convert(model.checkpoint, tmp_path / "back", hf_source=source, max_shard_bytes=20_000)
+    report = to_hf.convert(model.checkpoint, tmp_path / "back", max_shard_bytes=20_000)
     assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(model.source))
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert (tmp_path / "back/config.json").read_text() == (model.source / "config.json").read_text()
@@ -238,15 +235,13 @@ def test_the_report_accounts_for_every_tensor(convert: Any) -> None:
     assert written == {**written, **{key: getattr(model.report, key) for key in written}}
     tensors = tensors_of(model.source)
     mapped = {part.split("[")[0] for entry in written["mapped"].values() for part in entry["hf"]}
-    assert mapped | written["extra"].keys() == tensors.keys()
-    assert not mapped & written["extra"].keys()
-    assert all(name.startswith(tuple(VISION)) for name in written["extra"])
+    assert mapped == tensors.keys()
+    assert not written["extra"]
     assert written["hf_parameters"] == sum(tensors[name].numel() for name in mapped)
     padding = 2 * (128 - VOCABULARY) * 36
     assert written["megatron_parameters"] == written["hf_parameters"] + padding
     text = model.report.describe()
     assert f"{len(written['mapped'])}" in text
-    assert "multi_modal_projector.linear_1.bias [16]" in text
 
 
 def test_a_missing_index_branch_is_initialised_only_when_asked_for(convert: Any, tmp_path: Path) -> None:
@@ -278,7 +273,7 @@ def test_a_missing_index_branch_is_initialised_only_when_asked_for(convert: Any,
 
 
 def test_a_family_is_found_by_what_the_model_computes(convert: Any) -> None:
-    """Each model fits its own family and no other (MiniMax-M3's two layouts are one model)."""
+    """Each model fits its own family and no other; MiniMax-M3's language model is written in two layouts."""
     for name in MODELS:
         model = convert(name)
         own = by_config(json.loads((model.source / "config.json").read_text()), "").architecture
@@ -286,7 +281,7 @@ def test_a_family_is_found_by_what_the_model_computes(convert: Any) -> None:
         settings = to_hf.from_arguments(opened.common_state["args"])
         fitting = {family.architecture for family in FAMILIES if not family.misfits(settings)}
         assert own in fitting
-        assert len(fitting) == (2 if "m3" in name else 1)
+        assert len(fitting) == (2 if name == "minimax_m3_text" else 1)
 
 
 def test_a_model_that_fits_no_family_is_refused_with_the_difference(convert: Any, tmp_path: Path) -> None:

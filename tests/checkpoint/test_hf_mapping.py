@@ -14,7 +14,15 @@ from megatron_msa.checkpoint.hf.transforms import TRANSFORMS, Geometry  # noqa: 
 from megatron_msa.errors import ConfigError  # noqa: E402
 
 HEADS, GROUPS, DIM, HIDDEN = 6, 2, 4, 5
-GEOMETRY = Geometry(heads=HEADS, groups=GROUPS, head_dim=DIM, vocab_size=7, padded_vocab_size=12)
+GEOMETRY = Geometry(
+    heads=HEADS,
+    groups=GROUPS,
+    head_dim=DIM,
+    vocab_size=7,
+    padded_vocab_size=12,
+    vision_heads=3,
+    patch_kernel=(3, 2, 4, 4),
+)
 
 
 def qkv() -> list[Tensor]:
@@ -37,6 +45,15 @@ def test_q_k_and_v_are_interleaved_by_group() -> None:
                 assert torch.equal(merged[row], matrix[group * DIM + channel])
                 row += 1
     assert row == len(merged)
+
+
+def test_the_encoders_q_k_and_v_are_interleaved_by_head() -> None:
+    """Three heads of two channels, weights and biases alike."""
+    query, key, value = (100.0 * kind + torch.arange(6.0) for kind in range(3))
+    merged = TRANSFORMS["vision_qkv"].to_megatron([query, key, value], GEOMETRY)
+    assert merged.tolist() == [
+        0, 1, 100, 101, 200, 201, 2, 3, 102, 103, 202, 203, 4, 5, 104, 105, 204, 205
+    ]  # fmt: skip
 
 
 def test_gate_rows_lie_above_up_rows() -> None:
@@ -71,6 +88,8 @@ EXAMPLES = {
     "qkv": qkv,
     "gain": lambda: [torch.randn(3)],
     "vocabulary": lambda: [torch.randn(7, 3)],
+    "vision_qkv": lambda: [torch.randn(6) for _ in range(3)],
+    "patch_kernel": lambda: [torch.randn(5, 3, 2, 4, 4)],
 }
 
 

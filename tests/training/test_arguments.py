@@ -103,6 +103,13 @@ def assert_refused(resolve: Resolve, message: str, *flags: str, **settings: Any)
             "--global-batch-size 3 --micro-batch-size 2",
             "--global-batch-size 3 is not divisible by --micro-batch-size 2",
         ),
+        ("--vision-mode train", "--vision-mode train needs --calculate-per-token-loss"),
+        ("--vision-mode train --calculate-per-token-loss", "--vision-image-token-id is missing"),
+        ("--vision-mode freeze --calculate-per-token-loss", "an encoder of random weights"),
+        (
+            "--vision-mode train --calculate-per-token-loss --vision-load ./nowhere",
+            "--vision-load ./nowhere has no checkpoint",
+        ),
         ("--lr-warmup-iters 10", "warms up for 10 iters .* ends after 10"),
         ("--lr-warmup-fraction 1.0", "warms up for 10 iters .* ends after 10"),
         ("--padded-vocab-size 100", "--padded-vocab-size is 100, but the tokenizer has 258 ids"),

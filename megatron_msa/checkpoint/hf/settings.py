@@ -7,6 +7,7 @@ computes, nothing about how it is trained or spread over devices.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megatron_msa.config import MSATransformerConfig
 from megatron_msa.errors import ConfigError
 from megatron_msa.layer_pattern import parse_layer_pattern
 from megatron_msa.model.gpt import MSAModelConfig
+from megatron_msa.model.vision.config import VisionConfig
 
 Settings = dict[str, Any]
 
@@ -44,6 +46,14 @@ class Setting:
     def config_field(self) -> str | None:
         return self.name if self.field == "" else self.field
 
+
+_VISION_SETTINGS = tuple(
+    Setting(field.name, f"--{field.name.replace('_', '-')}", field.default, None)
+    for field in dataclasses.fields(VisionConfig)
+    if field.name != "vision_load"
+)
+NO_VISION: Settings = {setting.name: setting.default for setting in _VISION_SETTINGS}
+"""The settings of a text model."""
 
 SETTINGS = (
     Setting("num_layers", "--num-layers"),
@@ -88,6 +98,7 @@ SETTINGS = (
     Setting("msa_indexer_head_dim", "--msa-indexer-head-dim"),
     Setting("msa_schedule", "--msa-schedule"),
     Setting("padded_vocab_size", "--padded-vocab-size", None, None),
+    *_VISION_SETTINGS,
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -153,6 +164,13 @@ def from_arguments(args: argparse.Namespace) -> Settings:
         settings["msa_indexer_head_dim"] = None
     elif settings["msa_indexer_head_dim"] is None:
         settings["msa_indexer_head_dim"] = settings["kv_channels"]
+    if settings["vision_mode"] == "none":
+        settings |= NO_VISION
+    else:
+        settings["vision_mode"] = "train"  # whether it was frozen is nothing that the model computes
+        settings["vision_projector_hidden_size"] = (
+            settings["vision_projector_hidden_size"] or settings["hidden_size"]
+        )
     return settings
 
 
@@ -250,6 +268,7 @@ def to_model_config(
             rope_scaling_factor=settings["rope_scaling_factor"],
             seq_len_interpolation_factor=settings["rotary_seq_len_interpolation_factor"],
             share_embeddings_and_output_weights=not settings["untie_embeddings_and_output_weights"],
+            vision=VisionConfig.from_args(argparse.Namespace(**settings)),
         )
     except (AssertionError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -20,7 +20,7 @@ from megatron_msa.checkpoint.hf.mapping import Mapped, map_names
 from megatron_msa.checkpoint.hf.megatron_model import Blueprint, blueprint
 from megatron_msa.checkpoint.hf.report import Report
 from megatron_msa.checkpoint.hf.safetensors_files import SafetensorsReader, SafetensorsWriter, TensorInfo
-from megatron_msa.checkpoint.hf.settings import Settings, from_arguments
+from megatron_msa.checkpoint.hf.settings import NO_VISION, Settings, from_arguments
 from megatron_msa.checkpoint.hf.target import new_folder
 from megatron_msa.checkpoint.hf.torch_dist import DistributedCheckpoint
 from megatron_msa.checkpoint.hf.transforms import Geometry
@@ -207,14 +207,7 @@ def _plan(
     dtype = checkpoint.dtypes[_EMBEDDING]
     bp = blueprint(settings, dtype, checkpoint.common_state.get("content_metadata"))
     centred = settings["layernorm_zero_centered_gamma"]
-    geometry = Geometry(
-        heads=settings["num_attention_heads"],
-        groups=settings["num_query_groups"],
-        head_dim=settings["kv_channels"],
-        vocab_size=vocab_size,
-        padded_vocab_size=padded,
-        gain_shift=family.zero_centered_gains - centred,
-    )
+    geometry = Geometry.of(settings, vocab_size, gain_shift=family.zero_centered_gains - centred)
     mapped = map_names(family.rules, bp.shapes, family.name)
     outputs = _outputs(checkpoint, bp, mapped, geometry)
     return _Plan(checkpoint, family, settings, geometry, bp, mapped, outputs, hf_source, _Latest())
@@ -291,9 +284,9 @@ def _match(plan: _Plan, report: Report, allow_extra: list[str]) -> None:
 
 
 def _copied_tensors(plan: _Plan) -> tuple[SafetensorsReader, dict[str, TensorInfo]] | None:
-    """The tensors that the family has beside the language model, from the source folder."""
+    """Of a text model: the tensors that the family has beside the language model, from the source folder."""
     pattern = plan.family.copied_from_source
-    if pattern is None:
+    if pattern is None or plan.settings["vision_mode"] != "none":
         return None
     advice = "pass the folder of the multimodal model with --hf-source, or export with --architecture "
     advice += "MiniMaxM3VLForCausalLM"
@@ -318,6 +311,8 @@ def _config_text(plan: _Plan) -> str:
         if family.architecture in (raw.get("architectures") or []):
             base = sidecar.load_config(plan.hf_source)
             same = family.to_settings(base, settings["padded_vocab_size"])
+            if settings["vision_mode"] == "none":
+                same |= NO_VISION
             stored = raw.get("dtype", raw.get("torch_dtype"))
             if (
                 all(same[name] == value for name, value in settings.items() if name not in family.free)
@@ -326,15 +321,23 @@ def _config_text(plan: _Plan) -> str:
             ):
                 return (plan.hf_source / sidecar.CONFIG_NAME).read_text(encoding="utf-8")
     fields = family.hf_fields(settings) | {"vocab_size": plan.geometry.vocab_size}
+    vision = family.vision.to_hf(settings) if family.vision is not None else {}
     try:
         if base is None:
-            if family.text_config:
-                raise ConfigError(f"a configuration of {family.architecture} is needed; pass --hf-source")
             # Special tokens are the tokenizer's business: the defaults of a class are those of one release.
             tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-            base = AutoConfig.for_model(family.model_type, **fields, **tokens)
-        for name, value in fields.items():
-            setattr(family.language_config(base), name, value)
+            if not family.text_config:
+                base = AutoConfig.for_model(family.model_type, **fields, **tokens)
+            elif vision:
+                tower = {name: value for name, value in vision["vision_config"].items() if value is not None}
+                whole = vision | {"vision_config": tower, "text_config": fields | tokens}
+                base = AutoConfig.for_model(family.model_type, **whole)
+            else:
+                raise ConfigError(f"a configuration of {family.architecture} is needed; pass --hf-source")
+        _set_fields(family.language_config(base), fields)
+        if vision:
+            _set_fields(base, vision)
+            base.merged_hidden_size = settings["hidden_size"] * settings["vision_merge_size"] ** 2
     except ConfigError:
         raise
     except Exception as error:  # its validators have types of their own
@@ -347,6 +350,14 @@ def _config_text(plan: _Plan) -> str:
         language = written["text_config"] if family.text_config else written
         language |= family.serving_fields(settings)
     return json.dumps(written, indent=2, sort_keys=True) + "\n"
+
+
+def _set_fields(config: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if name == "vision_config":
+            _set_fields(config.vision_config, value)
+        elif value is not None or hasattr(config, name):
+            setattr(config, name, value)
 
 
 def _short(dtype: torch.dtype) -> str:

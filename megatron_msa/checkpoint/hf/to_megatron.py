@@ -21,7 +21,7 @@ from megatron_msa.checkpoint.hf.mapping import Mapped, map_names
 from megatron_msa.checkpoint.hf.megatron_model import Blueprint, blueprint
 from megatron_msa.checkpoint.hf.report import Report
 from megatron_msa.checkpoint.hf.safetensors_files import SafetensorsReader
-from megatron_msa.checkpoint.hf.settings import Settings, to_arguments, to_bash_array, to_flags
+from megatron_msa.checkpoint.hf.settings import NO_VISION, Settings, to_arguments, to_bash_array, to_flags
 from megatron_msa.checkpoint.hf.target import new_folder
 from megatron_msa.checkpoint.hf.torch_dist import Chunk, write_checkpoint
 from megatron_msa.checkpoint.hf.transforms import Geometry
@@ -57,6 +57,11 @@ def add_subcommand(subparsers: Any) -> None:
         "for example index_branch. Everything else that is missing is an error.",
     )
     parser.add_argument(
+        "--text-only",
+        action="store_true",
+        help="Leave out the vision part of a multimodal model and convert the language model.",
+    )
+    parser.add_argument(
         "--seed", type=int, default=1234, help="Of initialised tensors. Default: %(default)s."
     )
     parser.set_defaults(run=run)
@@ -70,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         allow_missing=args.allow_missing,
         allow_extra=args.allow_extra,
         vocab_multiple=args.pad_vocab_to_multiple_of,
+        text_only=args.text_only,
         seed=args.seed,
     )
     print(report.describe())
@@ -88,6 +94,7 @@ def convert(
     allow_missing: list[str] | None = None,
     allow_extra: list[str] | None = None,
     vocab_multiple: int = _DEFAULT_VOCAB_MULTIPLE,
+    text_only: bool = False,
     seed: int = 1234,
 ) -> Report:
     """Convert the model in ``source`` into the checkpoint ``target``, one tensor in memory at a time.
@@ -100,7 +107,7 @@ def convert(
     """
     if vocab_multiple < 1:
         raise ConfigError(f"--pad-vocab-to-multiple-of is {vocab_multiple}; it must be positive")
-    plan = _plan(source, vocab_multiple)
+    plan = _plan(source, vocab_multiple, text_only=text_only)
     report = Report("hf-to-megatron", plan.family.name, str(source), str(target))
     report.padding_rows = plan.geometry.padded_vocab_size - plan.geometry.vocab_size
     missing = _match(plan, report, allow_missing or [], allow_extra or [])
@@ -136,7 +143,7 @@ class _Plan(NamedTuple):
     """The most frequent one in the files."""
 
 
-def _plan(source: Path, vocab_multiple: int) -> _Plan:
+def _plan(source: Path, vocab_multiple: int, *, text_only: bool) -> _Plan:
     raw = sidecar.read_config(source)
     family = by_config(raw, str(source / sidecar.CONFIG_NAME))
     if raw.get("quantization_config") is not None:
@@ -148,19 +155,15 @@ def _plan(source: Path, vocab_multiple: int) -> _Plan:
     language = family.language_config(config)
     padded = -(-language.vocab_size // vocab_multiple) * vocab_multiple
     settings = family.to_settings(config, padded)
+    if text_only:
+        settings |= NO_VISION
     reader = SafetensorsReader(source, family.spelled)
     counts: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():
         counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
     dtype = max(counts, key=lambda each: counts[each])
     bp = blueprint(settings, dtype)
-    geometry = Geometry(
-        heads=settings["num_attention_heads"],
-        groups=settings["num_query_groups"],
-        head_dim=settings["kv_channels"],
-        vocab_size=language.vocab_size,
-        padded_vocab_size=padded,
-    )
+    geometry = Geometry.of(settings, language.vocab_size)
     return _Plan(
         source, family, settings, geometry, reader, bp, map_names(family.rules, bp.shapes, family.name), dtype
     )
@@ -214,6 +217,8 @@ def _match(plan: _Plan, report: Report, allow_missing: list[str], allow_extra: l
     patterns = plan.family.ignored
     if not plan.settings["untie_embeddings_and_output_weights"]:
         patterns = (*patterns, r"(language_model\.)?lm_head\.weight")  # a copy of the embedding
+    if plan.family.copied_from_source is not None and plan.settings["vision_mode"] == "none":
+        patterns = (*patterns, plan.family.copied_from_source)
     extra = {name: list(info.shape) for name, info in found.items() if name not in wanted}
     report.ignored = {name: shape for name, shape in extra.items() if is_allowed(name, patterns, regex=True)}
     report.extra = {name: shape for name, shape in extra.items() if name not in report.ignored}
@@ -289,7 +294,9 @@ def _initial(plan: _Plan, name: str, dtype: torch.dtype, seed: int) -> Tensor:
     """Matrices normal with Megatron's standard deviation, gains neutral, biases zero."""
     shape = plan.blueprint.shapes[name]
     if len(shape) == 1:
-        neutral = 0.0 if plan.settings["layernorm_zero_centered_gamma"] or "bias" in name else 1.0
+        # The norms of the vision part store their gains as they are.
+        centred = plan.settings["layernorm_zero_centered_gamma"] and not name.startswith("vision_model.")
+        neutral = 0.0 if centred or "bias" in name else 1.0
         return torch.full(shape, neutral, dtype=dtype)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     return (torch.randn(shape, generator=generator) * 0.02).to(dtype)

@@ -73,7 +73,9 @@ class Family:
     serving_fields: Callable[[Settings], dict[str, Any]] | None = None
     """Fields that are added to an exported configuration for programs other than transformers."""
     copied_from_source: str | None = None
-    """Pattern of tensors that are not part of Megatron's model and on export come from the source folder."""
+    """Pattern of tensors that a text model lacks: on export they come from the source folder."""
+    vision: Computed | None = None
+    """Translates the vision part of the whole configuration, in families that have one."""
 
     @property
     def zero_centered_gains(self) -> bool:
@@ -95,8 +97,10 @@ class Family:
         Raises:
             ConfigError: something that Megatron cannot compute.
         """
-        config = self.language_config(config)
         settings: Settings = dict(self.constants)
+        if self.vision is not None:
+            settings |= self.vision.to_megatron(config)
+        config = self.language_config(config)
         for entry in self.translations:
             if isinstance(entry, Same):
                 settings[entry.megatron] = getattr(config, entry.hf)
@@ -122,6 +126,8 @@ class Family:
         ]
         if "num_experts" not in self.constants and not settings["num_experts"]:
             reasons.append("it has no experts")
+        if self.vision is None and settings["vision_mode"] != "none":
+            reasons.append("it has a vision part")
         if not reasons:
             try:
                 self.hf_fields(settings)

@@ -2,12 +2,12 @@
 
 Two layouts of the same tensors. `MINIMAX_M3_TEXT` is what transformers saves for the language model by
 itself (MiniMaxM3VLForCausalLM): experts stacked in one tensor. `MINIMAX_M3` is the released multimodal layout
-(MiniMaxM3SparseForConditionalGeneration), one tensor per expert; its vision tensors are no part of Megatron's
-model.
+(MiniMaxM3SparseForConditionalGeneration), one tensor per expert, with the vision part of `minimax_m3_vision`.
 """
 
 from typing import Any
 
+from megatron_msa.checkpoint.hf.families import minimax_m3_vision
 from megatron_msa.checkpoint.hf.families.base import Computed, Family, Requires, Same
 from megatron_msa.checkpoint.hf.families.common import (
     DENSE_MLP,
@@ -181,8 +181,12 @@ MINIMAX_M3 = _family(
     model_type="minimax_m3_vl",
     text_config=True,
     # transformers 5.17 also renames the dense layers' networks when it saves.
-    spellings=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
-    copied_from_source=r"(vision_tower|multi_modal_projector|patch_merge_mlp)\..*",
+    spellings=(
+        (r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+        *minimax_m3_vision.SPELLINGS,
+    ),
+    copied_from_source=minimax_m3_vision.TENSORS,
+    vision=Computed(minimax_m3_vision.to_megatron, minimax_m3_vision.to_hf),
     rules=(
         *backbone("language_model."),
         *separate_mlp(DENSE_MLP, f"{_RELEASED}.mlp"),
@@ -191,5 +195,6 @@ MINIMAX_M3 = _family(
         Rule(f"{ROUTER}.weight", (f"{_RELEASED}.block_sparse_moe.gate.weight",)),
         Rule(f"{ROUTER}.expert_bias", (f"{_RELEASED}.block_sparse_moe.e_score_correction_bias",)),
         *_index_rules(f"{_RELEASED}.self_attn.index_{{0}}_{{1}}.weight"),
+        *minimax_m3_vision.RULES,
     ),
 )

@@ -1,0 +1,120 @@
+"""Whole runs of pretrain_msa.py on a mixture of multimodal samples and text."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.multimodal_samples import written
+from tests.end_to_end.launching import REPOSITORY, Pretraining, Run
+
+END, SAVED = 6, 3
+# 257 is the padding token of the byte tokenizer, which no text becomes. Images of 1 to 4 tokens.
+FLAGS = f"""
+    --train-iters {END} --msa-schedule warmup@0,sparse@4 --micro-batch-size 1 --global-batch-size 4
+    --moe-token-dispatcher-type alltoall --calculate-per-token-loss
+    --vision-mode train --vision-image-token-id 257 --vision-num-layers 1 --vision-hidden-size 24
+    --vision-ffn-hidden-size 32 --vision-num-attention-heads 2 --vision-patch-size 2
+    --multimodal-min-pixels 16 --multimodal-max-pixels 1024 --multimodal-weight 0.5
+    --multimodal-packing-buffer 20 --multimodal-shuffle-buffer 3
+""".split()
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = written(tmp_path_factory.mktemp("multimodal"), count=60, shard=20)
+    return [*FLAGS, "--multimodal-data-path", path]
+
+
+def values(run: Run) -> list[tuple]:
+    return [(row["lm_loss"], row["grad_norm"], row["kl"], row["data"]) for row in run.steps.values()]
+
+
+def test_a_run_resumed_in_mid_epoch_repeats_the_uninterrupted_one_bit_for_bit(
+    pretrain: Pretraining, flags: list[str], tmp_path: Path
+) -> None:
+    uninterrupted = pretrain(tmp_path / "uninterrupted", *flags)
+    save = ["--save", "checkpoints", "--save-interval", str(SAVED)]
+    pretrain(tmp_path, *flags, *save, "--exit-interval", str(SAVED))
+    resumed = pretrain(tmp_path, *flags, *save, "--load", "checkpoints")
+
+    assert list(resumed.steps) == list(range(1, END + 1))
+    assert values(resumed) == values(uninterrupted)
+    data = [row["data"] for row in uninterrupted.steps.values()]
+    assert all(row["sequences"] == 4 and row["skipped_samples"] == 0 for row in data)
+    # Half of the sequences are multimodal.
+    assert all(row["documents"] == row["visuals"] > 0 for row in data)
+
+    (state,) = tmp_path.glob(f"checkpoints/iter_{SAVED:07d}/mp_rank_*/train_dataloader_dprank000.pt")
+    state.unlink()
+    refused = pretrain(tmp_path, *flags, "--load", "checkpoints", "--ckpt-step", str(SAVED), expect_status=1)
+    assert "has no state of the multimodal data" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--pipeline-model-parallel-size 2",
+        "--context-parallel-size 2",
+        "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+        "--expert-tensor-parallel-size 1",
+    ],
+)
+def test_a_layout_reads_and_learns_what_a_single_process_does(
+    pretrain: Pretraining, flags: list[str], tmp_path: Path, layout: str
+) -> None:
+    """Data parallelism is not among them: its ranks read parts of their own, in another order."""
+    start = ["--save", str(tmp_path / "initial"), "--save-interval", "1", "--exit-interval", "1"]
+    pretrain(tmp_path / "start", *flags, *start, "--no-save-optim")
+    load = ["--load", str(tmp_path / "initial"), "--finetune"]
+    single = pretrain(tmp_path / "single", *flags, *load, "--eval-iters", "1", "--eval-interval", "3")
+    run = pretrain(
+        tmp_path / "layout",
+        *flags,
+        *load,
+        *("--eval-iters", "1", "--eval-interval", "3"),
+        *layout.split(),
+        processes=2,
+    )
+    for row, expected in zip(run.rows, single.rows, strict=True):
+        assert row.get("data") == expected.get("data")
+        if "lm_loss" in expected:
+            # fp32 sums in another order, carried on by six updates.
+            assert row["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_of_data_parallelism_read_parts_of_their_own_and_resume(
+    pretrain: Pretraining, flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--use-distributed-optimizer"]
+    uninterrupted = pretrain(tmp_path / "uninterrupted", *flags, processes=2)
+    save = ["--save", "checkpoints", "--save-interval", str(SAVED)]
+    pretrain(tmp_path, *flags, *save, "--exit-interval", str(SAVED), processes=2)
+    resumed = pretrain(tmp_path, *flags, *save, "--load", "checkpoints", processes=2)
+    assert values(resumed) == values(uninterrupted)
+    refused = pretrain(tmp_path, *flags, "--load", "checkpoints", "--ckpt-step", str(SAVED), expect_status=1)
+    assert "read with other data-parallel size 2, now 1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_example_trains_both_models_and_prints_what_they_reach(tmp_path: Path) -> None:
+    program = REPOSITORY / "examples/multimodal_digits/run.py"
+    sizes = ["--train-iters", "6", "--documents", "20", "--questions", "5"]
+    result = subprocess.run(
+        [sys.executable, str(program), "--output", str(tmp_path / "out"), *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "digit named right in a caption" in result.stdout
+    written_result = json.loads((tmp_path / "out/result.json").read_text())
+    for name in ("multimodal", "control"):
+        assert 0 <= written_result[name]["caption_accuracy"] <= 1
+    assert written_result["multimodal"]["own_images"] > 1
+    assert (tmp_path / "out/result.png").stat().st_size > 10_000
