@@ -145,11 +145,13 @@ def test_a_save_that_is_cut_off_leaves_the_last_good_checkpoint(resumed_runs: Pa
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
+@pytest.mark.slow  # a minute; tests/parallel has the same layouts with MSA
 def test_data_parallel_equals_one_process(two_process_runs: Path) -> None:
     one, two = Run.read(two_process_runs, "distributed"), Run.read(two_process_runs, "data_parallel")
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_one_process(layout: str, two_process_runs: Path) -> None:
     one, two = Run.read(two_process_runs, "one_process"), Run.read(two_process_runs, layout)
