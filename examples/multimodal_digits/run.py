@@ -142,6 +142,7 @@ def train(output: Path, name: str, flags: list[str], iterations: int) -> int:
             str(output / "data/both.yaml"),
         ),
         *("--train-iters", str(iterations), "--msa-schedule", f"warmup@0,sparse@{iterations // 2}"),
+        *("--lr-warmup-iters", str(min(20, iterations // 4))),
         *("--eval-interval", str(max(1, iterations // 4)), "--metrics-file", str(folder / "metrics.jsonl")),
         *("--save", str(folder / "checkpoints"), "--save-interval", str(iterations), *flags),
     ]

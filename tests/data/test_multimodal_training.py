@@ -11,8 +11,10 @@ from tests.data.multimodal_samples import written
 from tests.end_to_end.launching import REPOSITORY, Pretraining, Run
 
 END, SAVED = 6, 3
-# 257 is the padding token of the byte tokenizer, which no text becomes. Images of 1 to 4 tokens.
+# 257 is the padding token of the byte tokenizer, which no text becomes. Images of 1 to 4 tokens. A vocabulary
+# that tensor parallelism does not pad to another size.
 FLAGS = f"""
+    --padded-vocab-size 272
     --train-iters {END} --msa-schedule warmup@0,sparse@4 --micro-batch-size 1 --global-batch-size 4
     --moe-token-dispatcher-type alltoall --calculate-per-token-loss
     --vision-mode train --vision-image-token-id 257 --vision-num-layers 1 --vision-hidden-size 24

@@ -21,13 +21,22 @@ def tensor_names(checkpoint: Path) -> set[str]:
         pytest.param("warmup@0,sparse@5", [], id="fp32"),
         pytest.param("warmup@0,sparse@5", BF16, id="bf16-distributed"),
         pytest.param("warmup@0,sparse@5", ["--msa-indexer-lr", "1e-2"], id="fp32-index-lr"),
-        pytest.param("warmup@0,sparse@5", ["--msa-indexer-lr", "3e-3"], id="fp32-index-lr-equal-to-lr"),
+        pytest.param(
+            "warmup@0,sparse@5",
+            ["--msa-indexer-lr", "3e-3"],
+            id="fp32-index-lr-equal-to-lr",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("warmup@0,sparse@2560tok", [*BF16, "--msa-indexer-lr", "1e-2"], id="bf16-tokens"),
         # Saved while the index branch (backbone) has not been trained yet; both have been frozen afterwards.
-        pytest.param("dense@0,index_only@5,sparse@7", [], id="fp32-frozen-index-branch"),
+        pytest.param(
+            "dense@0,index_only@5,sparse@7", [], id="fp32-frozen-index-branch", marks=pytest.mark.slow
+        ),
         pytest.param("dense@0,index_only@5,sparse@7", BF16, id="bf16-frozen-index-branch"),
         pytest.param("index_only@0,dense@5,sparse@7", [], id="fp32-frozen-backbone"),
-        pytest.param("index_only@0,dense@5,sparse@7", BF16, id="bf16-frozen-backbone"),
+        pytest.param(
+            "index_only@0,dense@5,sparse@7", BF16, id="bf16-frozen-backbone", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(
