@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 INDEX_BRANCH = re.compile(r"(?P<branch>(decoder|mtp)\.layers\..*self_attention\.index_branch\.)")
 """Searched in a name: ``branch`` is the common start of the names of one index branch's parameters."""
-QKV_WEIGHT = re.compile(r"(?P<attention>(decoder|mtp)\.layers\..*self_attention\.)linear_qkv\.weight")
 OPTIMIZER_STATE = re.compile(r"(?P<state>(chained_\d+\.)?optimizer\.state\.\w+\.)(?P<parameter>.*)")
 _ONE_LAYER = re.compile(r"\bdecoder\.layers\.(?P<layer>\d+)\.")
 

@@ -50,7 +50,7 @@ class SavedGroups:
         """
         if not self._groups:
             return
-        found = [(path, parent) for path, parent in _parents(loaded.get("optimizer"), ("optimizer",))]
+        found = list(_parents(loaded.get("optimizer"), ("optimizer",)))
         saved = [group for _, parent in found for group in parent["param_groups"]]
         if {path for path, _ in found} != set(self._groups):
             self._move(loaded, [path for path, _ in found])

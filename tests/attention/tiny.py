@@ -4,6 +4,7 @@ What stays fp32 is Megatron's own: the angles of the rotary embedding, the sigmo
 are the same in every run that is compared.
 """
 
+import argparse
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,27 @@ def tiny_config(**changes: Any) -> MSATransformerConfig:
         "msa_backend": "reference",
     }
     return MSATransformerConfig(**values | changes)
+
+
+def tiny_arguments(**others: Any) -> argparse.Namespace:
+    """What Megatron's arguments say of the model of `tiny_config`, as a checkpoint keeps them."""
+    return argparse.Namespace(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        group_query_attention=True,
+        num_query_groups=2,
+        kv_channels=8,
+        ffn_hidden_size=48,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        add_bias_linear=False,
+        swiglu=True,
+        untie_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+        rotary_percent=0.5,
+        **others,
+    )
 
 
 def initial_model(config: MSATransformerConfig | None = None, **model_changes: Any) -> GPTModel:

@@ -1,6 +1,5 @@
 """From a checkpoint on disk to a report, with the real engine; and the selection against brute force."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from megatron_msa.evaluation import command, selection
 from megatron_msa.evaluation.checkpoint_subject import fingerprint
 from megatron_msa.phases import Phase
 from tests.attention.conftest import process_groups
-from tests.attention.tiny import BLOCK, initial_model, set_phase, tiny_config, tiny_model
+from tests.attention.tiny import BLOCK, initial_model, set_phase, tiny_arguments, tiny_config, tiny_model
 
 __all__ = ["process_groups"]
 LENGTHS = ["64", "90"]
@@ -26,21 +25,7 @@ def write_checkpoint(folder: Path, iteration: int = 7, **changes) -> None:
     seed(iteration)
     shape = {"vocab_size": BYTE_VOCAB_SIZE, "make_vocab_size_divisible_by": 8, "should_pad_vocab": True}
     model = initial_model(tiny_config(**changes), seq_length=96, **shape)
-    arguments = argparse.Namespace(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        group_query_attention=True,
-        num_query_groups=2,
-        kv_channels=8,
-        ffn_hidden_size=48,
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        add_bias_linear=False,
-        swiglu=True,
-        untie_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-        rotary_percent=0.5,
+    arguments = tiny_arguments(
         seq_length=96,
         max_position_embeddings=96,
         msa_block_size=BLOCK,

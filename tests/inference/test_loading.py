@@ -15,7 +15,7 @@ from megatron_msa.inference.command import build_parser, run
 from megatron_msa.inference.engine import InferenceEngine
 from megatron_msa.inference.loading import load, tokenizer_for
 from megatron_msa.phases import Phase
-from tests.attention.tiny import initial_model, tiny_config
+from tests.attention.tiny import initial_model, tiny_arguments, tiny_config
 from tests.inference.checks import full_logits
 
 ITERATION = 7
@@ -30,21 +30,7 @@ def trained(process_groups: None, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("run")
     seed(3)
     model = initial_model(tiny_config(), **VOCABULARY)
-    arguments = argparse.Namespace(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        group_query_attention=True,
-        num_query_groups=2,
-        kv_channels=8,
-        ffn_hidden_size=48,
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        add_bias_linear=False,
-        swiglu=True,
-        untie_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-        rotary_percent=0.5,
+    arguments = tiny_arguments(
         seq_length=32,
         max_position_embeddings=64,
         msa_block_size=4,

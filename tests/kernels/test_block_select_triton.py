@@ -33,19 +33,7 @@ def test_the_kernels_pass_the_slow_tests_below_in_the_interpreter():
     run_tests_in_interpreter(__file__, slow=True)
 
 
-@pytest.fixture
-def _poisoned_buffers(monkeypatch):
-    """Fills what torch.empty returns, so that an element that a kernel leaves unwritten shows."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        tensor = empty(*size, **options)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else 123_456_789)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-pytestmark = pytest.mark.usefixtures("_poisoned_buffers")
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 def integer_inputs(num_keys, groups, dim, dtype=torch.bfloat16, seed=0):

@@ -1,6 +1,5 @@
 """The vision part in checkpoints: GQA -> MSA keeps it, --vision-load takes it from elsewhere."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,12 @@ from megatron_msa.errors import ConfigError
 from megatron_msa.model.from_checkpoint import model_config_from_checkpoint
 from megatron_msa.model.multimodal import MultimodalGPT
 from megatron_msa.training.vision_start import VisionStart, read_vision, vision_checkpoint
-from tests.attention.tiny import VOCABULARY, initial_model, set_phase
+from tests.attention.tiny import VOCABULARY, initial_model, set_phase, tiny_arguments
 from tests.vision.tiny import interleaved, random_visuals, run, tiny_vision
 
 from megatron_msa.phases import Phase  # isort: skip
 
-ARGUMENTS = argparse.Namespace(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    group_query_attention=True,
-    num_query_groups=2,
-    kv_channels=8,
-    normalization="RMSNorm",
-    qk_layernorm=True,
-    add_bias_linear=False,
-    swiglu=True,
-    position_embedding_type="rope",
-    rotary_percent=0.5,
-    untie_embeddings_and_output_weights=True,
+ARGUMENTS = tiny_arguments(
     padded_vocab_size=VOCABULARY,
     max_position_embeddings=64,
     msa_layer_freq="([0]*2)",

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from msa_kernels.common.backend import Implementation
+from msa_kernels.common.hopper import device_refusal
 from msa_kernels.decode.triton_attend import decode_attend_kernel, decode_combine_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -62,10 +63,8 @@ def refusal(
 ) -> str | None:
     """Why these inputs, checked by the op, cannot run here; None if they can."""
     _, groups, block_size, dim = key_cache.shape
-    if not query.is_cuda and not triton.knobs.runtime.interpret:
-        return f"the inputs are on {query.device.type}, not on a CUDA device"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0):
-        return "it needs a GPU of compute capability 9.0 (Hopper) or higher"
+    if reason := device_refusal(query):
+        return reason
     if query.dtype not in DTYPES:
         return f"query has dtype {query.dtype}; supported are torch.bfloat16 and torch.float16"
     if dim not in HEAD_DIMS:

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from msa_kernels.common.backend import Implementation
+from msa_kernels.common.hopper import device_refusal
 from msa_kernels.decode.checks import EIGHT_BIT
 from msa_kernels.decode.triton_scores import decode_scores_kernel
 from msa_kernels.decode.triton_topk import decode_topk_kernel
@@ -60,10 +61,8 @@ def refusal(
 ) -> str | None:
     """Why these inputs, checked by the op, cannot run here; None if they can."""
     _, block_size, dim = index_key_cache.shape
-    if not index_query.is_cuda and not triton.knobs.runtime.interpret:
-        return f"the inputs are on {index_query.device.type}, not on a CUDA device"
-    if index_query.is_cuda and torch.cuda.get_device_capability(index_query.device) < (9, 0):
-        return "it needs a GPU of compute capability 9.0 (Hopper) or higher"
+    if reason := device_refusal(index_query):
+        return reason
     if index_query.dtype not in DTYPES:
         return f"index_query has dtype {index_query.dtype}; supported are torch.bfloat16 and torch.float16"
     if dim not in HEAD_DIMS:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msa_kernels.common.backend import Implementation
+from msa_kernels.common.hopper import device_refusal
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.dense_kl import triton_backward, triton_forward, triton_kl, triton_kl_gradient
@@ -59,13 +59,7 @@ def refusal(
         return f"the index head dim is {index_q.shape[2]}; supported are {HEAD_DIMS}"
     if group > MAX_GROUP_SIZE:
         return f"there are {group} query heads per group; supported are 1 to {MAX_GROUP_SIZE}"
-    if triton.knobs.runtime.interpret:
-        return None
-    if not q.is_cuda:
-        return f"the inputs are on {q.device.type}, not on a CUDA device"
-    if torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "it needs a GPU of compute capability 9.0 (Hopper) or higher"
-    return None
+    return device_refusal(q)
 
 
 def dense_kl_triton(
