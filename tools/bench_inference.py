@@ -91,6 +91,11 @@ TINY = {
     "msa_block_size": 16,
     "msa_num_selected_blocks": 4,
 }
+TRANSFORMER_ENGINE = {
+    "transformer_impl": "transformer_engine",
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+}
 
 
 class Results:
@@ -125,7 +130,10 @@ def build_model(options: argparse.Namespace) -> GPTModel:
         heads = settings["num_attention_heads"] * settings["kv_channels"] // options.head_dim
         settings |= {"kv_channels": options.head_dim, "num_attention_heads": heads}
     config = model_config_from_checkpoint(
-        argparse.Namespace(**settings), params_dtype=dtype, bf16=dtype == torch.bfloat16
+        argparse.Namespace(**settings),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **(TRANSFORMER_ENGINE if options.transformer_impl == "transformer_engine" else {}),
     )
     assert PhaseSchedule.parse(config.transformer.msa_schedule).phases == (Phase.SPARSE,)
     seed()
@@ -156,6 +164,28 @@ def prefill(model: GPTModel, tokens: int, chunk: int, attention: str, repeats: i
         "peak_gib": peak_memory(),
         "cache_gib": round(engine.cache_bytes / 2**30, 3),
     }
+
+
+def profile(model: GPTModel, tokens: int, attention: str, output: Path) -> None:
+    """Where the time of a whole prefill goes: profile_ATTENTION.txt, kernels by their time on the device."""
+    engine = InferenceEngine(
+        model,
+        max_tokens=tokens + 1,
+        prefill_chunk=tokens,
+        attention=attention,
+        position_limit=tokens + 1,
+        cuda_graphs=False,
+    )
+    prompts = random_prompts(1, tokens)
+    engine.generate(prompts, max_new_tokens=1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if HAS_GPU:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        engine.generate(prompts, max_new_tokens=1)
+    order = "self_cuda_time_total" if HAS_GPU else "self_cpu_time_total"
+    table = found.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=90)
+    (output / f"profile_{attention.replace(' ', '_')}.txt").write_text(table)
 
 
 def decode(model: GPTModel, tokens: int, batch: int, steps: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +270,7 @@ def summarise(options: argparse.Namespace, model: GPTModel, results: Results) ->
         "model_prefill_128k_speedup": speedups.get(str(131072)),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "head_dim": model.config.kv_channels,
+        "transformer_impl": options.transformer_impl,
         "entries": results.entries,
         **environment.describe(device, options.commit),
     }
@@ -253,6 +284,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[131072, 32768] if HAS_GPU else [512, 128])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8] if HAS_GPU else [2])
     parser.add_argument("--head-dim", type=int, help="Of as many heads as give the same width. Default: 64.")
+    parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    parser.add_argument(
+        "--profile", action="store_true", help="Also profile a prefill of the longest prompt."
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=64, help="Decode steps that are timed.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Start nothing new after this.")
@@ -270,6 +305,9 @@ def main() -> int:
             run()
             text = json.dumps(summarise(options, model, results), indent=1)
             (options.output / "inference.json").write_text(text + "\n")
+        if options.profile:
+            for attention in ("as trained", "dense"):
+                profile(model, max(options.tokens), attention, options.output)
     print(json.dumps({k: v for k, v in summarise(options, model, results).items() if k != "entries"}))
     return 0
 

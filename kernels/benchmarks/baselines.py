@@ -82,7 +82,7 @@ def _flex(problem: Problem, block_ids: Tensor | None) -> Attend:
 
     mask = flex.BlockMask.from_kv_blocks(
         tiles.sum(-1).int(),
-        tiles.int().argsort(-1, descending=True, stable=True).int(),
+        tiles.int().argsort(dim=-1, descending=True, stable=True).int(),
         BLOCK_SIZE=block,
         mask_mod=mask_mod,
         seq_lengths=(tokens, tokens),

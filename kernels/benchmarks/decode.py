@@ -9,6 +9,7 @@ Letters in shapes: S sequences, N pages of a sequence, B block size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -155,12 +156,20 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         written = call()
+    return Replay(graph, call, written)
 
-    def replay() -> Any:
-        graph.replay()
-        return written
 
-    return replay
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A captured call. It holds the call as well: the graph reads by address what the call closes over."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], Any]
+    written: Any
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.written
 
 
 def step(problem: Problem, *, eight_bit: bool) -> Candidate:
