@@ -95,6 +95,7 @@ TRANSFORMER_ENGINE = {
     "transformer_impl": "transformer_engine",
     "moe_grouped_gemm": True,
     "moe_permute_fusion": True,
+    "apply_rope_fusion": True,
 }
 
 

@@ -68,8 +68,7 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
     )
     # NVIDIA's internal tracker: Megatron asks for it by default, and warns where it is not installed.
     parser.set_defaults(enable_one_logger=argument_checks.is_installed("one_logger"))
-    if not argument_checks.transformer_engine_present():
-        parser.set_defaults(**megatron_fixes.argument_defaults_without_te())
+    parser.set_defaults(**megatron_fixes.argument_defaults(has_gpu=has_gpu))
     if not has_gpu:
         parser.set_defaults(**no_gpu.argument_defaults())
     megatron_fixes.repair_help(parser)

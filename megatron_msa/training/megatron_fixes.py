@@ -20,21 +20,30 @@ def apply() -> None:
     _end_save_queue_with_its_owner()
 
 
-def argument_defaults_without_te() -> dict[str, Any]:
-    """Megatron argument values (argparse dest -> value) without Transformer Engine and apex.
+# Megatron's defaults that need a library: the module that must be there, and the values (argparse dest ->
+# value) without it. Everything else that needs one is off by default: grouped GEMM, the MoE permute and
+# router fusions, the precision-aware optimizer, FP8, CUDA graphs, overlap of tensor-parallel communication.
+_WITHOUT: dict[str, dict[str, Any]] = {
+    "transformer_engine": {"transformer_impl": "local", "apply_rope_fusion": False},
+    "apex": {"no_persist_layer_norm": True},
+    # Kernels of apex. Transformer Engine's layers have their own, but the output layer and the index branch
+    # are Megatron's, which would refuse the flag.
+    "fused_weight_gradient_mlp_cuda": {"gradient_accumulation_fusion": False},
+    "scaled_masked_softmax_cuda": {"masked_softmax_fusion": False},
+    # The default way of saving in the background is in this package.
+    "nvidia_resiliency_ext": {"async_strategy": "mcore"},
+}
+_WITHOUT_A_GPU = ("nvidia_resiliency_ext",)
+"""Of those, what also serves a machine without a GPU."""
 
-    Everything else that needs those libraries is off by default: grouped GEMM, the MoE permute and router
-    fusions, the precision-aware optimizer, FP8, CUDA graphs, overlap of tensor-parallel communication.
-    """
-    values: dict[str, Any] = {
-        "transformer_impl": "local",
-        "no_persist_layer_norm": True,  # a kernel of apex
-        "gradient_accumulation_fusion": False,  # a kernel of apex (fused_weight_gradient_mlp_cuda)
-        "masked_softmax_fusion": False,  # kernels of apex (scaled_*_softmax_cuda)
-        "apply_rope_fusion": False,  # a kernel of Transformer Engine
-    }
-    if importlib.util.find_spec("nvidia_resiliency_ext") is None:
-        values["async_strategy"] = "mcore"  # the default way of saving in the background is in that package
+
+def argument_defaults(*, has_gpu: bool) -> dict[str, Any]:
+    """Megatron argument values (argparse dest -> value) for the libraries that are missing here."""
+    values: dict[str, Any] = {}
+    for module, without in _WITHOUT.items():
+        usable = has_gpu or module in _WITHOUT_A_GPU
+        if not usable or importlib.util.find_spec(module) is None:
+            values |= without
     return values
 
 

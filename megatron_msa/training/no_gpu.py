@@ -73,7 +73,7 @@ def install_if_no_gpu() -> bool:
 def argument_defaults() -> dict[str, Any]:
     """Megatron argument values (argparse dest -> value) that a machine without a GPU needs."""
     return {
-        **megatron_fixes.argument_defaults_without_te(),
+        **megatron_fixes.argument_defaults(has_gpu=False),
         "distributed_backend": "gloo",
         "num_workers": 0,  # tests and demos are small; a forked loader costs more than it gives
         # These fusions are torch.compile code, which is not compiled here.

@@ -1,6 +1,7 @@
 """Settings that cannot work are refused with advice, before a process group exists."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,20 @@ def test_transformer_engine_is_asked_for_where_it_is_missing(
     monkeypatch.setattr(argument_checks, "transformer_engine_present", lambda: False)
     message = "Transformer Engine is not installed; .* use --transformer-impl local"
     assert_refused(resolve, message, "--transformer-impl transformer_engine")
+
+
+def test_transformer_engine_without_apex_leaves_the_kernels_of_apex_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = {"transformer_engine"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    defaults = megatron_fixes.argument_defaults(has_gpu=True)
+    assert defaults["gradient_accumulation_fusion"] is False
+    assert defaults["masked_softmax_fusion"] is False
+    assert not {"transformer_impl", "apply_rope_fusion"} & defaults.keys()
+    installed |= {"apex", "fused_weight_gradient_mlp_cuda", "scaled_masked_softmax_cuda"}
+    assert megatron_fixes.argument_defaults(has_gpu=True) == {"async_strategy": "mcore"}
+    assert megatron_fixes.argument_defaults(has_gpu=False)["transformer_impl"] == "local"
 
 
 def test_multi_latent_attention_is_refused(resolve: Resolve) -> None:

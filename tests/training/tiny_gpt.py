@@ -128,7 +128,7 @@ def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if NO_GPU:
         parser.set_defaults(**no_gpu.argument_defaults())
     else:
-        parser.set_defaults(**megatron_fixes.argument_defaults_without_te())
+        parser.set_defaults(**megatron_fixes.argument_defaults(has_gpu=True))
     return parser
 
 
