@@ -1,4 +1,4 @@
-"""Buffers that show what a kernel leaves unwritten; and helpers of the tests made importable."""
+"""Buffers that show what a kernel leaves unwritten; helpers and benchmarks made importable."""
 
 import math
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# pytest's importlib mode leaves test folders out of sys.path.
-sys.path.insert(0, str(Path(__file__).parent))
+# pytest's importlib mode leaves test folders out of sys.path; the benchmarks are no installed package.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")]
 
 
 @pytest.fixture

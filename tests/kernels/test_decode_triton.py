@@ -10,14 +10,9 @@ import pytest
 import torch
 from decode_inputs import decoding, in_8_bits
 from msa_kernels import decode_attention, decode_select
-from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
+from triton_interpreter import DEVICE, needs_triton
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-
-
-@needs_interpreter
-def test_the_kernels_pass_the_tests_below_in_the_interpreter():
-    run_tests_in_interpreter(__file__)
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
@@ -318,6 +313,19 @@ def test_other_launches_change_nothing_but_roundings(dense):
         )
         found = triton_attention.run(*inputs.attend, chosen, **options, launch=launch)
         assert_attention_is_right(found, exact, torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize(("dense", "stages"), [(False, 1), (False, 3), (True, 1), (True, 5)])
+def test_stages_that_compile_to_a_wrong_kernel_or_to_none_are_refused(dense, stages):
+    from msa_kernels.decode import triton_attention
+
+    inputs = made([70], 1, 2, 1, 64, 64, 64)
+    block_ids = None if dense else torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=DEVICE)
+    launch = triton_attention.AttendLaunch(programs=1, max_part=1, stages=stages)
+    options = {"scale": 0.125, "key_scale": None, "value_scale": None, "launch": launch}
+    with pytest.raises(ValueError, match=f"launch.stages is {stages}; over .* blocks it must be"):
+        triton_attention.run(*inputs.attend, block_ids, **options)
 
 
 @needs_triton

@@ -17,14 +17,9 @@ from test_sparse_attention_triton import (
     outputs_and_gradients,
     straightforward,
 )
-from triton_interpreter import DEVICE, needs_interpreter, needs_triton, run_tests_in_interpreter
+from triton_interpreter import DEVICE, needs_triton
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
-
-
-@needs_interpreter
-def test_the_kernels_pass_the_tests_below_in_the_interpreter():
-    run_tests_in_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
@@ -14,6 +13,7 @@ from msa_kernels.block_select import e4m3
 from msa_kernels.block_select.triton_scores import block_scores_kernel
 from msa_kernels.block_select.triton_topk import topk_kernel
 from msa_kernels.common.backend import Implementation
+from msa_kernels.common.hopper import device_refusal
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import BlockSelection
 
@@ -42,10 +42,6 @@ TOPK_ROWS = 32
 TOPK_SETTINGS = {"ROWS": TOPK_ROWS, "CHUNK": 8, "FULL": 16, "num_warps": 1}
 
 
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def refusal(
     index_q: Tensor,
     index_k: Tensor,
@@ -66,13 +62,7 @@ def refusal(
         return f"block_size is {block_size}; it takes 64 and 128"
     if num_selected_blocks > MAX_SELECTED_BLOCKS:
         return f"num_selected_blocks is {num_selected_blocks}; it takes at most {MAX_SELECTED_BLOCKS}"
-    if _is_interpreted():
-        return None
-    if index_q.device.type != "cuda":
-        return f"index_q is on {index_q.device}; it needs a CUDA device"
-    if torch.cuda.get_device_capability(index_q.device) < (9, 0):
-        return "it needs a GPU of compute capability 9.0 (Hopper) or higher"
-    return None
+    return device_refusal(index_q)
 
 
 @torch.no_grad()
@@ -138,7 +128,7 @@ def run(
                 GROUPS=groups,
                 DIM=dim,
                 BLOCK=block_size,
-                UPCAST=_is_interpreted(),
+                UPCAST=triton.knobs.runtime.interpret,
                 STAGES=STAGES[score_dtype],
                 **SCORE_SETTINGS,
             )

@@ -30,7 +30,7 @@ class AttendLaunch:
             into as many parts as that takes.
         max_part: most blocks of a part.
         keys: keys per step.
-        stages: steps in flight per program.
+        stages: steps in flight per program, see ``CORRECT_STAGES``.
         warps: of the attention kernel.
         chunk: parts that the sum over the parts reads at a time.
         combine_warps: of that sum.
@@ -47,6 +47,11 @@ class AttendLaunch:
 
 CHOSEN = AttendLaunch(programs=512, max_part=16, stages=2)
 EVERYTHING = AttendLaunch(programs=2048, max_part=64, stages=3)
+
+# Stages for which Triton 3.6 makes a right kernel. With one, ptxas 12.8 computes the wgmma descriptors of the
+# weights from registers that nothing has written (12.9 does not): illegal memory accesses. With three or more
+# over chosen blocks, Triton's pipeliner fails on the two look-ups that follow each other.
+CORRECT_STAGES = {"chosen blocks": (2,), "all blocks": (2, 3, 4)}
 
 
 def refusal(
@@ -107,6 +112,11 @@ def run(
     """
     if launch is None:
         launch = EVERYTHING if block_ids is None else CHOSEN
+    blocks = "all blocks" if block_ids is None else "chosen blocks"
+    if launch.stages not in CORRECT_STAGES[blocks]:
+        raise ValueError(
+            f"launch.stages is {launch.stages}; over {blocks} it must be one of {CORRECT_STAGES[blocks]}"
+        )
     sequences, q_len, heads, dim = query.shape
     groups, block_size = key_cache.shape[1:3]
     group = heads // groups

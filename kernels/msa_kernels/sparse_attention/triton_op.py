@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msa_kernels.common.backend import Implementation
+from msa_kernels.common.hopper import device_refusal
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.sparse_attention import triton_backward, triton_forward, triton_kl
@@ -60,8 +61,8 @@ def refusal(
 ) -> str | None:
     """Why the kernels cannot run these inputs; None if they can."""
     group = q.shape[1] // k.shape[1]
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
-        return f"the inputs are on {q.device.type}, not on a CUDA device"
+    if reason := device_refusal(q):
+        return reason
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the dtype is {q.dtype}; supported are torch.bfloat16 and torch.float16"
     if q.shape[2] not in HEAD_DIMS:
