@@ -42,7 +42,7 @@ class AttendLaunch:
     keys: int = 64
     warps: int = 4
     chunk: int = 16
-    combine_warps: int = 4
+    combine_warps: int = 1
 
 
 CHOSEN = AttendLaunch(programs=512, max_part=16, stages=2)

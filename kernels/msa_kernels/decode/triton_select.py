@@ -39,11 +39,11 @@ class SelectLaunch:
 
     programs: int = 2048
     max_segment: int = 32
-    stages: int = 2
+    stages: int = 3
     warps: int = 4
     hands: int = 128
     loads: int = 4096
-    topk_warps: int = 4
+    topk_warps: int = 8
 
 
 LAUNCH = SelectLaunch()
