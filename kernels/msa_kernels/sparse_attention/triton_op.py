@@ -20,6 +20,7 @@ from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.sparse_attention import triton_backward, triton_forward, triton_kl
 from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule
+from msa_kernels.sparse_attention.triton_sums import sum_groups
 
 # Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
 MAX_PARTIAL_BYTES = 3 * 2**30
@@ -194,7 +195,7 @@ class _SparseAttention(torch.autograd.Function):
             dk, dv = (new_sum(k.shape, dtype=sum_dtype, device=k.device) for _ in range(2))
         if index:
             dindex_q = torch.empty_like(index_q)
-            # Summed in fp32 over the groups, cast once at the end.
+            # In fp32 for each group: summed and cast once at the end.
             shape = (k.shape[0], k.shape[1], index_k.shape[1])
             dindex_k = new_sum(shape, dtype=torch.float32, device=q.device)
             # S - P times dkl is rounded to 16 bit before its last product. Upstream gradients as small as
@@ -241,7 +242,8 @@ class _SparseAttention(torch.autograd.Function):
         if attention:
             dk, dv = dk.to(k.dtype), dv.to(v.dtype)
         if index:
-            dindex_k = (dindex_k.sum(dim=1) * (top * settings.index_softmax_scale)).to(index_k.dtype)
+            of_groups, dindex_k = dindex_k, torch.empty_like(index_k)
+            sum_groups(of_groups, dindex_k, scale=settings.index_softmax_scale, factor=top)
         return dq, dk, dv, dindex_q, dindex_k, None, None, None
 
 

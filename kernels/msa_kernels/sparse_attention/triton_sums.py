@@ -1,4 +1,5 @@
-"""Sums in a fixed order that finish the gradients: over the slots of a query, over the items of a bucket.
+"""Sums in a fixed order that finish the gradients: over the slots of a query, over the items of a bucket,
+over the groups of an index key.
 
 Letters in shapes: Q queries of the chunk, K keys, Hkv groups, G heads per group, d head dim, B block size,
 E entries (see triton_schedule.py).
@@ -62,6 +63,21 @@ def _sum_items_kernel(
     tl.store(pointers, acc.to(gradient.dtype.element_ty), mask=in_block)
 
 
+@triton.jit(do_not_specialize=["num_keys"])
+def _sum_groups_kernel(
+    partial, total, factor, scale, num_keys, GROUPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr
+):
+    """One program per ROWS keys: total [K, d] = scale times factor times partial [K, groups, d] summed."""
+    key = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)[None, :]
+    inside = key[:, None] < num_keys
+    acc = tl.zeros([ROWS, DIM], dtype=tl.float32)
+    for group in tl.static_range(GROUPS):
+        acc += tl.load(partial + (key[:, None] * GROUPS + group) * DIM + dims, mask=inside, other=0.0)
+    acc *= scale * tl.load(factor)
+    tl.store(total + key[:, None] * DIM + dims, acc.to(total.dtype.element_ty), mask=inside)
+
+
 def sum_slots(
     partial: Tensor, schedule: Schedule, total: Tensor, *, scale: float, factor: Tensor | None = None
 ) -> None:
@@ -93,3 +109,12 @@ def sum_items(partial: Tensor, schedule: Schedule, gradient: Tensor, *, is_first
         schedule.max_extra_items, int(is_first_chunk),
         GROUPS=groups, DIM=dim, BLOCK=schedule.block_size, ROWS=rows, num_warps=4,
     )  # fmt: skip
+
+
+def sum_groups(partial: Tensor, total: Tensor, *, scale: float, factor: Tensor) -> None:
+    """Writes total [K, d]: the sum over the groups of partial, fp32 [K, Hkv, d], times the factors."""
+    keys, groups, dim = partial.shape
+    rows = 32
+    _sum_groups_kernel[(triton.cdiv(keys, rows),)](
+        partial, total, factor, scale, keys, GROUPS=groups, DIM=dim, ROWS=rows, num_warps=4
+    )
