@@ -3,15 +3,16 @@
     python tools/make_retrieval_data.py --builtin-corpus --output-prefix runs/needle/data/train \
         --documents 4096 --document-bytes 8191 --retrieval-share 0.4
 
-A document is real text with lines `magic KEY=VALUE` between its lines. Each key occurs several times with the
+A document is real text with lines `magic KEYVALUE` between its lines (`magic QDA1136`). Each key occurs several times with the
 same value: the first time it tells something new, afterwards its value can be looked up. The distance between
 a repetition and the first occurrence is drawn log-uniformly between a few lines and the whole document, so
 that short look-ups, which are learned first, and long ones, which are the aim, are equally frequent at every
 scale.
 
-Keys are unique within a document. They stand directly before their values, because what must be learned is to
-find the earlier place and not to bridge a phrase; and there are many per document, because the loss of a rare
-needle is lost among the text's.
+Keys are unique within a document. They stand directly before their values, with no sign in between: a value
+can then be found by the letter before it, which is what a model learns first, and by more of the key as
+attention sharpens (docs/experiments.md has the formats tried). There are many keys per document, because the
+loss of a rare needle is lost among the text's.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from megatron_msa.data.corpus import Document, builtin_files, iter_documents, li
 from megatron_msa.data.preprocess import write_dataset
 from megatron_msa.errors import ConfigError
 
-KEY_LETTERS = 4
-VALUE_DIGITS = 5
+KEY_LETTERS = 3
+VALUE_DIGITS = 4
 
 
 def cue(key: str) -> str:
-    """What stands before a value: ``magic KEY=``."""
-    return f"magic {key}="
+    """What stands before a value: ``magic KEY``."""
+    return f"magic {key}"
 
 
 def needle(key: str, value: str) -> str:
-    """One needle, without the line break: ``magic KEY=VALUE``."""
+    """One needle, without the line break: ``magic KEYVALUE``."""
     return cue(key) + value
 
 
 def random_key(rng: random.Random) -> str:
-    return "".join(rng.choices(string.ascii_lowercase, k=KEY_LETTERS))
+    return "".join(rng.choices(string.ascii_uppercase, k=KEY_LETTERS))
 
 
 def random_value(rng: random.Random) -> str:
@@ -88,6 +89,13 @@ class RetrievalSettings:
                 f"--document-bytes {self.document_bytes} has no room for one needle and its repetitions at "
                 f"--retrieval-share {self.retrieval_share}: take at least {smallest} bytes"
             )
+        most = len(string.ascii_uppercase) ** KEY_LETTERS // 2
+        if self.keys > most:
+            raise ConfigError(
+                f"--document-bytes {self.document_bytes} would take {self.keys} keys of {KEY_LETTERS} letters, "
+                f"and at most {most} can be told apart and drawn: take a smaller --retrieval-share, or more "
+                "--occurrences"
+            )
 
     @property
     def keys(self) -> int:
@@ -96,7 +104,7 @@ class RetrievalSettings:
 
 
 def _line_bytes() -> int:
-    return len(needle("k" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 1
+    return len(needle("K" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 1
 
 
 def iter_retrieval_documents(

@@ -6,12 +6,13 @@ Rows have an ``event`` and an ``iteration``, the number of finished steps. NaN a
 - ``step``: what happened since the row before it, averaged over those steps unless said otherwise.
   ``lm_loss`` in nats per token; ``kl`` in nats per query and GQA group, the sum over layers (without
   --msa-loss-coeff); ``skipped`` steps; ``seconds`` per step; ``tokens_per_second``; ``tflops_executed``,
-  ``tflops_dense_equivalent`` and ``mfu`` per device (``mfu`` is null if the device's peak is unknown). Of
-  the last step: ``phase``, ``learning_rate``, ``grad_norm``, ``loss_scale``; ``tokens`` since training
-  began. On steps where the selection was measured also ``block_recall``, ``score_recall``,
-  ``selection_entropy``, ``local_block_share`` and ``first_block_share``, each the mean over layers.
-  ``<name>_per_layer`` maps layer numbers (from 1) to values. With --multimodal-data-path ``data`` has the
-  sums since the row before it: ``sequences``, ``documents`` (multimodal samples), ``visuals`` (images and
+  ``tflops_dense_equivalent`` and ``mfu`` per device (``mfu`` is null if the device's peak is unknown). On
+  GPUs, of the rank that logs: ``memory_gib`` in tensors, ``peak_memory_gib`` of them since it started and
+  ``reserved_memory_gib``. Of the last step: ``phase``, ``learning_rate``, ``grad_norm``, ``loss_scale``;
+  ``tokens`` since training began. On steps where the selection was measured also ``block_recall``,
+  ``score_recall``, ``selection_entropy``, ``local_block_share`` and ``first_block_share``, each the mean over
+  layers. ``<name>_per_layer`` maps layer numbers (from 1) to values. With --multimodal-data-path ``data`` has
+  the sums since the row before it: ``sequences``, ``documents`` (multimodal samples), ``visuals`` (images and
   videos), ``visual_tokens``, ``padding_tokens`` and ``skipped_samples`` (see --multimodal-on-error).
 - ``validation`` and ``test``: ``lm_loss`` and the ``phase`` in which it was evaluated.
 """

@@ -27,7 +27,7 @@ from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
 from megatron_msa.training.parameter_groups import SavedGroups
 from megatron_msa.training.phase_control import PhaseAwareStep, late_start_warning, set_phase
-from megatron_msa.training.speed import AttendedPairs, EncodedPatches, speed
+from megatron_msa.training.speed import AttendedPairs, EncodedPatches, memory, speed
 from megatron_msa.training.vision_start import VisionStart
 
 
@@ -254,7 +254,7 @@ class TrainingRun:
             peak_tflops=peak_bf16_tflops(torch.cuda.get_device_name()),
             vision_flops=vision_flops,
         )
-        return row
+        return row | memory()
 
     def _write_step(self, row: dict[str, Any]) -> None:
         if not is_last_rank():

@@ -105,3 +105,15 @@ def speed(
         "tflops_dense_equivalent": (flops.dense_equivalent + vision_flops) / per_device,
         "mfu": executed / peak_tflops if peak_tflops else None,
     }
+
+
+def memory() -> dict[str, float]:
+    """GiB of GPU memory that tensors hold on this rank now, at most since it started, and reserved for them."""
+    if not torch.cuda.is_available():
+        return {}
+    figures = {
+        "memory_gib": torch.cuda.memory_allocated(),
+        "peak_memory_gib": torch.cuda.max_memory_allocated(),
+        "reserved_memory_gib": torch.cuda.memory_reserved(),
+    }
+    return {name: round(value / 2**30, 3) for name, value in figures.items()}

@@ -10,7 +10,7 @@ from megatron_msa.data.retrieval import RetrievalSettings, iter_retrieval_docume
 from megatron_msa.errors import ConfigError
 
 TEXT = "".join(f"Zeile {n}: größer als nichts.\n" for n in range(50))
-LINE = re.compile(r"^magic ([a-z]{4})=(\d{5})\n", re.MULTILINE)
+LINE = re.compile(r"^magic ([A-Z]{3})(\d{4})\n", re.MULTILINE)
 
 
 def documents(size: int, *, count: int = 8, seed: int = 1, text: str = TEXT, **changes) -> list[str]:
@@ -25,7 +25,7 @@ def test_length_share_and_repetitions_are_as_stated(size, share, occurrences):
     for text in documents(size, retrieval_share=share, occurrences=occurrences, nearest=20):
         assert len(text.encode()) == size
         found = LINE.findall(text)
-        line_bytes = len(needle("abcd", "12345")) + 1
+        line_bytes = len(needle("ABC", "1234")) + 1
         keys = int(share * size) // (occurrences * line_bytes)
         assert len(found) == keys * occurrences, "each on a line of its own"
         values = defaultdict(set)
@@ -62,12 +62,17 @@ def test_documents_depend_on_the_seed_and_their_number_alone():
         ({"retrieval_share": 0.0}, "--retrieval-share is 0"),
         ({"occurrences": 1}, "--occurrences is 1"),
         ({"nearest": 700}, "--nearest is 700; .* below --document-bytes 700"),
-        ({"retrieval_share": 0.05}, r"no room for one needle .*: take at least 1360 bytes"),
+        ({"retrieval_share": 0.05}, r"no room for one needle .*: take at least 1120 bytes"),
     ],
 )
 def test_settings_that_make_no_document_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         documents(700, **changes)
+
+
+def test_more_keys_than_can_be_drawn_are_refused():
+    with pytest.raises(ConfigError, match="would take 14980 keys of 3 letters, and at most 8788"):
+        RetrievalSettings(document_bytes=1 << 20)
 
 
 @pytest.mark.parametrize(("text", "message"), [(" \n ", "haystack is empty"), ("one line", "no line break")])

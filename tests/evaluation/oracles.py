@@ -42,8 +42,8 @@ class PairTokenizer(ByteTokenizer):
 def magic_of(prompt: str) -> list[str]:
     """Values of the keys that the last line asks for, in either wording."""
     asked = prompt[prompt.rfind("\n") + 1 :]
-    if found := re.fullmatch(r"magic ([a-z]+)=", asked):
-        return re.findall(rf"^magic {found[1]}=(\d+)$", prompt, re.MULTILINE)
+    if found := re.fullmatch(r"magic ([A-Z]+)", asked):
+        return re.findall(rf"^magic {found[1]}(\d+)$", prompt, re.MULTILINE)
     keys = re.search(r"The magic numbers? of (.+) (?:is|are)$", asked)
     assert keys, asked
     return [
@@ -109,7 +109,7 @@ class Oracle:
             text = self.tokenizer.detokenize(list(prompt))
             said = ", ".join(self.answers(text))
             # The lie holds every right answer inside of a longer word, which must not count.
-            reply = f"x{said.replace(', ', 'x, x')}x" if self.lies else f"{said}\nmagic aaaa=00000"
+            reply = f"x{said.replace(', ', 'x, x')}x" if self.lies else f"{said}\nmagic AAA0000"
             replies.append(self.tokenizer.tokenize(reply)[:max_new_tokens])
         return replies
 
