@@ -33,7 +33,7 @@ HAS_GPU = not no_gpu.install_if_no_gpu()
 megatron_fixes.apply()
 
 import torch  # noqa: E402
-from benchmarks import environment  # noqa: E402
+from benchmarks import environment, summary  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
 from megatron_msa.checkpoint.hf.megatron_model import build, seed  # noqa: E402
@@ -277,6 +277,34 @@ def summarise(options: argparse.Namespace, model: GPTModel, results: Results) ->
     }
 
 
+PREFILL_BAR = 3.0
+
+
+def add_to_summary(path: Path, found: dict[str, Any]) -> None:
+    """Write the entry model_prefill_128k_speedup of an inference.json beside those of the kernels."""
+    value = found["model_prefill_128k_speedup"]
+    entry = {
+        "value": value,
+        "unit": "x",
+        "bar": PREFILL_BAR,
+        "reached": None if value is None else value >= PREFILL_BAR,
+        "what": "prefill of a 313M model, 131,072 tokens, against its dense twin",
+        "seconds": {
+            attention: min(
+                entry["seconds"]
+                for entry in found["entries"]
+                if (entry["what"], entry["tokens"], entry["attention"]) == ("prefill", 131072, attention)
+                and "seconds" in entry
+            )
+            for attention in ("as trained", "dense")
+        }
+        if value is not None
+        else None,
+        **{name: found[name] for name in ("transformer_impl", "gpu", "torch", "triton", "commit", "date")},
+    }
+    summary.write(path, {"model_prefill_128k_speedup": entry})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -293,6 +321,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64, help="Decode steps that are timed.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Start nothing new after this.")
     parser.add_argument("--commit", help="Default: that of the repository.")
+    parser.add_argument("--summary", type=Path, help="summary.json of the kernels, to add the speedup to.")
     options = parser.parse_args()
     started = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -309,6 +338,8 @@ def main() -> int:
         if options.profile:
             for attention in ("as trained", "dense"):
                 profile(model, max(options.tokens), attention, options.output)
+    if options.summary:
+        add_to_summary(options.summary, summarise(options, model, results))
     print(json.dumps({k: v for k, v in summarise(options, model, results).items() if k != "entries"}))
     return 0
 

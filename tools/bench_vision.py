@@ -13,6 +13,7 @@ come and written as vision.json. Without a GPU it runs tiny sizes, to try the pr
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -212,6 +213,7 @@ def main() -> None:
             if mode == "train":
                 results.measure({"stream": "mixed"}, partial(mixed_stream, trainer, options, most))
             del trainer
+            gc.collect()  # its hooks refer to it: the next peak would hold this model, too
     described = environment.describe(DEVICE, options.commit)
     options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(

@@ -11,9 +11,7 @@ import argparse
 import json
 import logging
 import os
-import re
 import shutil
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -23,8 +21,9 @@ from megatron_msa import quiet_imports
 
 quiet_imports.apply()
 
+from megatron_msa.training.shown_run import shown_run  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHOWN = re.compile(r"\s*(step |validation at|MSA phase|error:)")
 VALIDATION_EVERY = 20  # every 20th document is kept for validation
 
 
@@ -41,7 +40,8 @@ def main() -> int:
     output: Path = options.output.resolve()
     for old in ("data", "checkpoints"):
         shutil.rmtree(output / old, ignore_errors=True)
-    (output / "metrics.jsonl").unlink(missing_ok=True)
+    for appended in ("metrics.jsonl", "train.log"):
+        (output / appended).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
 
     print("1/3  text: the source code of this Python's standard library, as bytes", flush=True)
@@ -52,8 +52,6 @@ def main() -> int:
     print("2/3  training: full attention while the index branch warms up, then sparse attention", flush=True)
     status = train(output, options.train_iters, options.warmup_iters)
     if status:
-        print(f"training failed with status {status}; the end of {output / 'train.log'}:", file=sys.stderr)
-        print("\n".join((output / "train.log").read_text().splitlines()[-25:]), file=sys.stderr)
         return status
     print("3/3  curves and summary", flush=True)
     summary = summarise(output, unigram, time.monotonic() - started)
@@ -108,19 +106,7 @@ def train(output: Path, train_iters: int, warmup_iters: int) -> int:
         *("--log-interval", "1", "--log-line", "compact", "--metrics-file", str(output / "metrics.jsonl")),
         *("--save", str(output / "checkpoints"), "--save-interval", str(train_iters)),
     ]
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
-    with (output / "train.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if SHOWN.match(line):
-                print("     " + line.rstrip(), flush=True)
-        return process.wait()
+    return shown_run(command, output / "train.log")
 
 
 def summarise(output: Path, unigram: float, seconds: float) -> dict[str, float | int]:

@@ -29,6 +29,7 @@ from tools.plan import MEASUREMENTS  # noqa: E402
 
 VOCABULARY = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "200000"]
 BYTES = ["--vocab-size", "258"]
+SLICES = REPOSITORY / "docs/results/plan_h200"
 SMALL_MODEL_PEAK_GIB = 10.1
 """Of the run of examples/single_gpu on bytes: docs/results.md."""
 STAGES = ("8k", "32k", "192k", "1m")
@@ -69,6 +70,7 @@ def measured() -> Iterator[str]:
     found = comparison.attention_layer(MEASUREMENTS.layer, two, rates)
     small = read_command([*flags("single_gpu/pretrain.sh"), *BYTES], 1)
     found += comparison.small_model(small, MEASUREMENTS.small_model, SMALL_MODEL_PEAK_GIB, two, rates)
+    found += comparison.slices(SLICES, two, rates)
     for each in found:
         yield each.row()
 

@@ -24,8 +24,8 @@ from megatron_msa.training.curves import load_metrics  # noqa: E402
 # Steps at each end that are compared, and what memory may grow by between them.
 ENDS = 100
 MOST_GROWTH = 0.01
-# Nats by which a repeated step may differ. Sums of experts' outputs and of gradients are added by atomics on a
-# GPU, in no fixed order, so that weights differ in the last bits of bf16.
+# Nats by which a repeated step may differ: on a GPU, atomics sum outputs of experts and their gradients in no
+# fixed order, so that weights differ in the last bits of bf16.
 MOST_DIFFERENCE = 0.02
 
 Step = dict[str, Any]

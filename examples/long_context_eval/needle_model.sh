@@ -48,11 +48,11 @@ if [[ "${SIZE:-}" == tiny ]]; then
         --rotary-base 10000 --max-position-embeddings 512 --msa-block-size 16 --msa-num-selected-blocks 4
     )
     OPTIMIZER=(--weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --seed 1234)
-    STAGES=("128 16000 16 16 900 2e-3" "256 1600 8 8 150 1e-3" "512 700 4 4 100 1e-3")
-    DATA=(--retrieval-share 0.5 --occurrences 2 --nearest 16)
+    STAGES=("256 12000 16 16 1500 2e-3" "512 900 8 8 100 1e-3")
+    DATA=(--retrieval-share 0.6 --occurrences 2 --nearest 16)
     CONVERTED_FROM=256
     CONVERSION=(--msa-schedule warmup@0,sparse@40 --msa-init-index low_rank)
-    LENGTHS=(128 256 512) DEPTHS=5 SAMPLES=10
+    LENGTHS=(128 192 256 384 512) DEPTHS=5 SAMPLES=10
 fi
 
 # A document is a sample: with its end token it has exactly the sequence length, and every sample starts at one.

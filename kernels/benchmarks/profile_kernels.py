@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for pattern in options.patterns:
             for op in options.ops:
-                times = list(kernel_times(OPS[op](problem, pattern).start().run, device))
+                times = kernel_times(OPS[op](problem, pattern).start().run, device)
                 print(f"\n{name} {op} {pattern}: {sum(each.ms for each in times):.2f} ms in kernels")
                 for each in times[: options.top]:
                     print(f"  {each.ms:9.3f} ms  {each.launches:4d} x  {each.kernel}", flush=True)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def kernel_times(call: Callable[[], Any], device: torch.device) -> Iterator[KernelTime]:
+def kernel_times(call: Callable[[], Any], device: torch.device) -> list[KernelTime]:
     """Kernels of a second call, longest first; operators of PyTorch where there is no GPU."""
     on_gpu = device.type == "cuda"
     call()
@@ -89,15 +89,21 @@ def kernel_times(call: Callable[[], Any], device: torch.device) -> Iterator[Kern
         call()
         if on_gpu:
             torch.cuda.synchronize()
-    kernels = [
-        KernelTime(
-            each.key,
-            each.count,
-            (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e3,
-        )
-        for each in found.key_averages()
-    ]
-    return iter(sorted((each for each in kernels if each.ms > 0), key=lambda each: -each.ms))
+    times: dict[str, KernelTime] = {}
+    for each in found.key_averages():
+        name = without_template(each.key)
+        ms = (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e3
+        if ms > 0:
+            before = times.get(name, KernelTime(name, 0, 0.0))
+            times[name] = KernelTime(name, before.launches + each.count, before.ms + ms)
+    return sorted(times.values(), key=lambda each: -each.ms)
+
+
+def without_template(kernel: str) -> str:
+    """A kernel's name without namespaces, template arguments and parameters, which fill lines in C++."""
+    if "::" not in kernel or kernel.startswith("aten::"):
+        return kernel
+    return kernel.split("<")[0].split("::")[-1].split("(")[0]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -129,15 +129,18 @@ def exchange_images(documents: Sequence[Document]) -> list[tuple[Document, Docum
 def needle_sample(
     key: str, objects: Sequence[tuple[str, bytes]], fillers: Sequence[str], *, asked: Sequence[str]
 ) -> Sample:
-    """A long document of images, each behind its letter, and questions where an object is.
+    """A long document of images, each before its letter, and questions where an object is.
 
-    `A [image] filler B [image] filler ... 7 is at B 3 is at A`
+    `[image]A filler [image]B filler ... 7B 3A`
+
+    The letter stands behind its image because a model copies most easily what follows the thing it looks for.
 
     Args:
         key: of the sample.
         objects: what each image shows (different things), and the image file.
         fillers: text behind each image.
-        asked: names of the objects to ask for, in this order; the document ends with the last answer.
+        asked: names of the objects to ask for, in this order and also twice; the document ends with the last
+            answer.
 
     Raises:
         ConfigError: an object is there twice or not at all, or there are more images than letters.
@@ -150,8 +153,8 @@ def needle_sample(
         )
     pieces: list[Text | Visual] = []
     for letter, (_, image), filler in zip(LETTERS, objects, fillers, strict=False):
-        pieces += [Text(f"{letter} "), Visual((image,)), Text(f" {filler} ")]
-    answers = [f"{name} is at {LETTERS[names.index(name)]}" for name in asked]
+        pieces += [Visual((image,)), Text(f"{letter} {filler} ")]
+    answers = [f"{name}{LETTERS[names.index(name)]}" for name in asked]
     return Sample(key, (*pieces, Text(" ".join(answers))))
 
 

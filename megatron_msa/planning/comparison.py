@@ -14,7 +14,7 @@ from megatron_msa.planning.layout import Layout
 from megatron_msa.planning.memory import BF16, FP32, GIB, OptimizerSettings, gathered_key_bytes, layer_bytes
 from megatron_msa.planning.plan import make_plan
 from megatron_msa.planning.rates import KernelRates
-from megatron_msa.planning.request import Request
+from megatron_msa.planning.request import Request, read_command
 from megatron_msa.planning.step_time import StepEstimate
 from megatron_msa.planning.weights import Model
 from megatron_msa.training.parameter_count import attention_matrix_size, index_matrix_size
@@ -119,13 +119,41 @@ def small_model(
         metrics: its ``metrics.jsonl``.
         peak_gib: its peak memory, from docs/results.md.
     """
+    what = "313M model, 8,192 tokens, 1 GPU"
+    return _run(what, request, metrics, peak_gib, cluster, rates, calibrated=True)
+
+
+def slices(folder: Path, cluster: Cluster, rates: KernelRates) -> list[Comparison]:
+    """Whole steps of models with the layers of the recipes, on one GPU.
+
+    Args:
+        folder: ``slices.json``, which maps names to ``what``, ``peak_gib`` and the file of ``metrics``, and for
+            each name its flags, one a line (``.flags``).
+    """
+    found = []
+    for name, entry in json.loads((folder / "slices.json").read_text()).items():
+        request = read_command((folder / f"{name}.flags").read_text().splitlines(), 1)
+        metrics = folder / entry["metrics"]
+        found += _run(entry["what"], request, metrics, entry["peak_gib"], cluster, rates)
+    return found
+
+
+def _run(
+    what: str,
+    request: Request,
+    metrics: Path,
+    peak_gib: float,
+    cluster: Cluster,
+    rates: KernelRates,
+    *,
+    calibrated: bool = False,
+) -> list[Comparison]:
     plan = make_plan(request, request.layout(), cluster, rates)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    seconds = statistics.median(
-        row["seconds"] for row in rows if row["event"] == "step" and row["phase"] == "sparse"
-    )
-    what = "313M model, 8,192 tokens, 1 GPU"
+    steps = [row["seconds"] for row in rows if row["event"] == "step" and row["phase"] == "sparse"]
+    # The first steps of a run compile kernels.
+    seconds = statistics.median(steps if calibrated else steps[3:])
     return [
-        Comparison(f"{what}: step", "s", plan.step.total, seconds, calibrated=True),
+        Comparison(f"{what}: step", "s", plan.step.total, seconds, calibrated=calibrated),
         Comparison(f"{what}: peak memory", "GiB", plan.peak_gib, peak_gib),
     ]

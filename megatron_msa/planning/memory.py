@@ -44,7 +44,9 @@ class Memory:
     activations: float
     """Kept by the layers for the backward passes of all microbatches in flight."""
     layer: float
-    """What one layer needs beside that while it runs: gradients of its activations, or all it recomputes."""
+    """What one layer needs beside that while its attention runs: gradients of activations, what it recomputes."""
+    feed_forward: float
+    """The same while the feed-forward of a layer that is recomputed runs, when the MSA kernels need nothing."""
     workspace: float
     """Of the MSA kernels."""
     gathered_keys: float
@@ -54,9 +56,9 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Backward passes of the loss and of a layer do not overlap: the larger of the two counts."""
+        """Backward passes of the loss and of a layer's halves do not overlap: the largest of them counts."""
         kept = self.weights + self.gradients + self.optimizer + self.activations
-        return kept + max(self.layer + self.workspace + self.gathered_keys, self.loss)
+        return kept + max(self.layer + self.workspace + self.gathered_keys, self.feed_forward, self.loss)
 
     @property
     def gib(self) -> float:
@@ -161,15 +163,17 @@ def stage_memory(
     layers = layout.layers_of(pipeline_rank)
     checkpointed = BF16 * config.hidden_size / layout.tensor
     ids = 4 * (config.msa_num_selected_blocks + 1) * config.num_query_groups / layout.tensor
-    kept, running = 0.0, 0.0
+    kept, running, feed_forward = 0.0, 0.0, 0.0
     for layer in layers:
         each = per_layer[layer]
         if layout.recompute == "full":
             kept += checkpointed + ids
-            running = max(running, each.kept + each.backward)
+            running = max(running, each.attention + each.attention_backward)
+            feed_forward = max(feed_forward, each.kept + each.feed_forward_backward)
         elif layout.recompute == "moe" and kinds[layer].is_moe:
             kept += each.attention + 3 * checkpointed  # residual, normalised input, output
-            running = max(running, each.feed_forward + each.backward)
+            running = max(running, each.attention_backward)
+            feed_forward = max(feed_forward, each.feed_forward + each.feed_forward_backward)
         else:
             kept += each.kept
             running = max(running, each.backward)
@@ -187,6 +191,7 @@ def stage_memory(
         optimizer=adam,
         activations=kept * tokens * in_flight,
         layer=running * tokens,
+        feed_forward=feed_forward * tokens,
         workspace=rates.workspace_bytes(tokens, heads=config.num_attention_heads // layout.tensor),
         gathered_keys=gathered,
         loss=loss,

@@ -194,7 +194,8 @@ def _curve(rows: list[dict[str, str]], op: str, name: str) -> Curve:
 def _dense(rows: list[dict[str, str]]) -> Curve:
     best: dict[int, float] = {}
     for row in rows:
-        if row["op"] == "train" and row["is_ours"] == "0":
+        # A baseline whose result was wrong, or that could not run, has a row without figures.
+        if row["op"] == "train" and row["is_ours"] == "0" and row["tflops"]:
             tokens = int(row["queries"])
             best[tokens] = max(best.get(tokens, 0.0), float(row["tflops"]))
     return Curve(sorted(best), [best[tokens] for tokens in sorted(best)])

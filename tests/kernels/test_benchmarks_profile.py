@@ -39,3 +39,14 @@ def test_the_profile_names_what_a_call_runs(tmp_path, capsys):
 def test_an_unknown_shape_is_refused_with_the_known_ones(capsys):
     assert profile_kernels.main(["--device", "cpu", "--tiny", "--shapes", "5k"]) == 2
     assert "known are 4k," in capsys.readouterr().err
+
+
+def test_names_of_kernels_lose_what_fills_lines():
+    sort = (
+        "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<at_cuda_detail::cub::X<int, 3> >(int*, int)"
+    )
+    assert profile_kernels.without_template(sort) == "DeviceRadixSortOnesweepKernel"
+    hidden = "void at::native::(anonymous namespace)::searchsorted_cuda_kernel<int, int>(int*)"
+    assert profile_kernels.without_template(hidden) == "searchsorted_cuda_kernel"
+    for name in ("_combine_kernel", "aten::copy_", "Memset (Device)"):
+        assert profile_kernels.without_template(name) == name

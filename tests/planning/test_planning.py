@@ -251,8 +251,12 @@ def test_predictions_agree_with_what_was_measured_on_one_and_two_gpus() -> None:
     command = subprocess.run([script, *MOCK], env=printing, capture_output=True, text=True, check=True).stdout
     small = read_command([*command.splitlines()[1:], "--vocab-size", "258"], 1)
     found += comparison.small_model(small, FILES.small_model, 10.1, two, rates)
+    found += comparison.slices(REPOSITORY / "docs/results/plan_h200", two, rates)
     errors = {each.what: each.error for each in found if not each.calibrated}
-    assert len(errors) == 5
+    assert len(errors) == 11
+    # docs/planning.md: 32 experts without grouped products take twice as long as predicted.
+    missed = errors.pop("3 layers of the pilot, 32 experts, 32,768 tokens, 1 GPU: step")
+    assert -0.6 < missed < -0.25
     for what, error in errors.items():
         assert abs(error) < (0.10 if "memory" in what else 0.25), what
 
