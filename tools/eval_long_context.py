@@ -8,16 +8,17 @@
 
 Any checkpoint of pretrain_msa.py, saved under any parallel layout; with torchrun also on several GPUs. A job
 that was interrupted goes on where it was when it is started again. Described in
-docs/long_context_evaluation.md; as an array of batch jobs in examples/long_context_eval.
+docs/long_context_evaluation.md; as an array of batch jobs: examples/slurm/evaluate.sbatch.
 """
 
+import os
 import sys
 
 from megatron_msa import quiet_imports
 
 quiet_imports.apply()
 
-from megatron_msa.training import megatron_fixes, no_gpu  # noqa: E402
+from megatron_msa.training import megatron_fixes, no_gpu, slurm_ranks  # noqa: E402
 
 no_gpu.install_if_no_gpu()  # before Megatron's training package is imported
 
@@ -27,6 +28,7 @@ def run() -> int:
 
     from megatron_msa.evaluation.command import main
 
+    os.environ.update(slurm_ranks.adopt(os.environ))
     megatron_fixes.apply()
     # Announces at every model built that GPTModel will go.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

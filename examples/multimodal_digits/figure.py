@@ -6,24 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+CAPTION_CHANCE = 0.1
+
 
 def table(result: dict[str, Any]) -> str:
-    """What both models reach, beside chance."""
-    seeing, blind, chance = result["multimodal"], result["control"], result["chance"]
+    """What both models reach, beside chance and beside the images of other documents."""
+    seeing, blind = result["multimodal"], result["control"]
     lines = [
-        f"{'on images held out':<40}{'multimodal':>12}{'control':>10}{'chance':>10}",
-        _accuracies("digit named right in a caption", "caption", seeing, blind, chance),
-        _accuracies("letter of the asked digit in a document", "document", seeing, blind, chance),
-        f"perplexity of captions: {seeing['own_images']:.3f} a token with their own images, "
-        f"{seeing['shuffled_images']:.3f} with others'",
-        f"a document has {seeing['document_tokens']:.0f} tokens; {result['seconds']} s in all",
+        f"{'on images held out':<44}{'multimodal':>12}{'control':>10}{'wrong images':>14}{'chance':>9}",
+        _row(
+            "digit named right in a caption",
+            seeing["caption_accuracy"],
+            blind["caption_accuracy"],
+            None,
+            CAPTION_CHANCE,
+        ),
     ]
+    for images, found in seeing["documents"].items():
+        control = blind["documents"][images]["accuracy"]
+        what = f"image of the asked digit, of {images} in {found['tokens']:.0f} tokens"
+        lines.append(_row(what, found["accuracy"], control, found["others_images"], found["chance"]))
+    lines.append(
+        f"perplexity of captions: {seeing['own_images']:.3f} a token with their own images, "
+        f"{seeing['shuffled_images']:.3f} with others'; {result['seconds']} s in all"
+    )
     return "\n".join(lines)
 
 
-def _accuracies(what: str, name: str, seeing: dict, blind: dict, chance: dict) -> str:
-    values = (seeing[f"{name}_accuracy"], blind[f"{name}_accuracy"], chance[name])
-    return f"{what:<40}{values[0]:>12.1%}{values[1]:>10.1%}{values[2]:>10.1%}"
+def _row(what: str, seeing: float, blind: float, wrong: float | None, chance: float) -> str:
+    shown = f"{'':>14}" if wrong is None else f"{wrong:>14.1%}"
+    return f"{what:<44}{seeing:>12.1%}{blind:>10.1%}{shown}{chance:>9.1%}"
 
 
 def draw(output: Path, result: dict[str, Any]) -> None:
@@ -39,19 +51,23 @@ def draw(output: Path, result: dict[str, Any]) -> None:
         rows = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["event"] == "step"]
         losses.plot([r["iteration"] for r in steps], [r["lm_loss"] for r in steps], color=colour, label=name)
-        for number, task in enumerate(("caption", "document")):
+        for number, value in enumerate(_accuracies(result[name])):
             place = number + (0.2 if name == "control" else -0.2)
-            value = result[name][f"{task}_accuracy"]
             accuracies.bar(place, value, 0.36, color=colour, label=name if number == 0 else None)
             accuracies.text(place, value + 0.02, f"{value:.0%}", ha="center")
     losses.set(xlabel="iteration", ylabel="loss (nats per text token)", yscale="log")
     losses.legend(frameon=False)
-    for number, task in enumerate(("caption", "document")):
-        chance = result["chance"][task]
+    documents = result["multimodal"]["documents"]
+    for number, chance in enumerate([CAPTION_CHANCE, *(each["chance"] for each in documents.values())]):
         accuracies.hlines(chance, number - 0.4, number + 0.4, color="black", linestyle=":", linewidth=1)
-    accuracies.set(ylabel="accuracy on images held out", ylim=(0, 1.15))
-    accuracies.set_xticks([0, 1], ["digit of a caption", "place of a digit\nin a long document"])
+    accuracies.set(ylabel="accuracy on images held out", ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
+    names = ["digit of a\ncaption", *(f"which of\n{images} images" for images in documents)]
+    accuracies.set_xticks(range(len(names)), names)
     accuracies.legend(frameon=False, loc="upper right")
     for axes in (losses, accuracies):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output / "result.png", dpi=150)
+
+
+def _accuracies(model: dict[str, Any]) -> list[float]:
+    return [model["caption_accuracy"], *(each["accuracy"] for each in model["documents"].values())]

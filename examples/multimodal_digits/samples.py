@@ -1,8 +1,8 @@
 """Samples from the digit photographs that come with scikit-learn: 1,797 images of 8 x 8 pixels.
 
 - A caption: an image and the digit it shows.
-- A document: several images of different digits in a long text, each behind its letter, and questions which
-  letter stands before which digit.
+- A document: several images of different digits in a long text, each before its letter, and questions which
+  letter stands behind which digit.
 """
 
 from __future__ import annotations
@@ -43,14 +43,27 @@ def caption(key: str, digit: Digit) -> Sample:
 
 
 def document(
-    key: str, found: list[Digit], rng: random.Random, *, images: int, words: int, questions: int
+    key: str, found: dict[str, list[Digit]], rng: random.Random, *, images: int, words: int, questions: int
 ) -> Sample:
-    """Images of different digits, and questions about the first ``questions`` of them in random order."""
-    names = rng.sample(string.digits, images)
-    by_name = {name: [digit for digit in found if digit.name == name] for name in names}
-    objects = [(name, rng.choice(by_name[name]).image) for name in names]
+    """Images of different digits, and questions about any of them, also twice about the same.
+
+    Args:
+        key: of the sample.
+        found: photographs of each digit.
+        rng: chooses.
+        images: at most 10.
+        words: behind each image.
+        questions: at the end.
+    """
+    names = rng.sample(sorted(found), images)
+    objects = [(name, rng.choice(found[name]).image) for name in names]
     fillers = [" ".join(rng.choices(WORDS, k=words)) for _ in objects]
-    return needle_sample(key, objects, fillers, asked=rng.sample(names, questions))
+    return needle_sample(key, objects, fillers, asked=rng.choices(names, k=questions))
+
+
+def by_name(found: list[Digit]) -> dict[str, list[Digit]]:
+    """The photographs of each digit."""
+    return {name: [digit for digit in found if digit.name == name] for name in string.digits}
 
 
 def _png(pixels: object) -> bytes:

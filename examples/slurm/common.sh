@@ -5,6 +5,7 @@
 #
 # One policy for all ends:
 #   status 0                       done, unless SIGTERM came first: then the job is put back into the queue
+#   status 143 after SIGTERM       the same: ended by it, with nothing to save
 #   status 2                       a setting was refused: it would be again
 #   status 17                      the same NaN twice (Megatron's rerun machine): it would come again
 #   any other                      back into the queue, at most MAX_RETRIES times without a new checkpoint in between;
@@ -39,7 +40,7 @@ check_site() {
     fi
 }
 
-# submit NAME FILE ARGUMENT...
+# submit NAME FILE ARGUMENT...: prints the number of the job, or, in a dry run, the command
 submit() {
     local name="$1" file="$2"
     shift 2
@@ -59,7 +60,6 @@ submit() {
     export MSA_ROOT="$ROOT"
     if [[ "$DRY_RUN" == yes ]]; then
         show "${command[@]}"
-        SLURM_JOB_ID=JOB SLURM_JOB_NODELIST=NODES run_job "$name" "$@"
         return
     fi
     mkdir -p "$LOGS"
@@ -98,14 +98,13 @@ network() {
     export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
     export TORCH_FR_DUMP_TEMP_FILE="$logs/collectives-rank-"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-    [[ -n "$NCCL_IB_HCA" ]] || unset NCCL_IB_HCA
-    [[ -n "$NCCL_SOCKET_IFNAME" ]] || unset NCCL_SOCKET_IFNAME
+    [[ -n "${NCCL_IB_HCA:-}" ]] || unset NCCL_IB_HCA
+    [[ -n "${NCCL_SOCKET_IFNAME:-}" ]] || unset NCCL_SOCKET_IFNAME
 }
 
-# run_job NAME COMMAND...: the life of a job. COMMAND starts the processes with LAUNCH. SAVE tells progress.
+# run_job COMMAND...: the life of a job. COMMAND starts the processes with LAUNCH. SAVE tells progress.
 run_job() {
-    shift
-    local logs="$LOGS/$SLURM_JOB_ID/attempt-${SLURM_RESTART_COUNT:-0}" status=0
+    local logs="$LOGS/${SLURM_JOB_ID:-JOB}/attempt-${SLURM_RESTART_COUNT:-0}" status=0
     launcher "$logs"
     network "$logs"
     if [[ "$DRY_RUN" == yes ]]; then
@@ -144,10 +143,11 @@ iteration() {
 
 finish() {
     local status="$1" record="$LOGS/$SLURM_JOB_ID/failures" last=none count=0 now
-    if [[ "$status" == 0 ]]; then
-        [[ "$STOPPING" == yes ]] && requeue "stopped after a save"
+    if [[ "$STOPPING" == yes && ("$status" == 0 || "$status" == 143) ]]; then
+        requeue "stopped"
         exit 0
     fi
+    [[ "$status" == 0 ]] && exit 0
     if [[ "$status" == 2 || "$status" == 17 ]]; then
         echo "error: status $status is not tried again; the logs of the processes say why" >&2
         exit "$status"
@@ -180,11 +180,13 @@ requeue() {
 
 # main NAME FILE RECIPE ARGUMENT...
 main() {
+    check_site
     if [[ -n "${SLURM_JOB_ID:-}" ]]; then
-        check_site
-        run_job "$1" "${@:3}"
-    else
-        check_site
-        submit "$@"
+        run_job "${@:3}"
+        return
+    fi
+    submit "$@"
+    if [[ "$DRY_RUN" == yes ]]; then
+        run_job "${@:3}"
     fi
 }

@@ -3,11 +3,11 @@
     python tools/make_retrieval_data.py --builtin-corpus --output-prefix runs/needle/data/train \
         --documents 4096 --document-bytes 8191 --retrieval-share 0.4
 
-A document is real text with lines `magic KEYVALUE` between its lines (`magic QDA1136`). Each key occurs several times with the
-same value: the first time it tells something new, afterwards its value can be looked up. The distance between
-a repetition and the first occurrence is drawn log-uniformly between a few lines and the whole document, so
-that short look-ups, which are learned first, and long ones, which are the aim, are equally frequent at every
-scale.
+A document is real text with lines `magic KEYVALUE` between its lines (`magic QDA1136`). Each key occurs
+several times with the same value: the first time it tells something new, afterwards its value can be looked
+up. The distance between a repetition and the first occurrence is drawn log-uniformly between a few lines and
+the whole document, so that short look-ups, which are learned first, and long ones, which are the aim, are
+equally frequent at every scale.
 
 Keys are unique within a document. They stand directly before their values, with no sign in between: a value
 can then be found by the letter before it, which is what a model learns first, and by more of the key as
@@ -92,9 +92,9 @@ class RetrievalSettings:
         most = len(string.ascii_uppercase) ** KEY_LETTERS // 2
         if self.keys > most:
             raise ConfigError(
-                f"--document-bytes {self.document_bytes} would take {self.keys} keys of {KEY_LETTERS} letters, "
-                f"and at most {most} can be told apart and drawn: take a smaller --retrieval-share, or more "
-                "--occurrences"
+                f"--document-bytes {self.document_bytes} would take {self.keys} keys of {KEY_LETTERS} "
+                f"letters, and at most {most} are drawn, so that they stay distinct: take a smaller "
+                "--retrieval-share, or more --occurrences"
             )
 
     @property

@@ -127,8 +127,8 @@ def slices(folder: Path, cluster: Cluster, rates: KernelRates) -> list[Compariso
     """Whole steps of models with the layers of the recipes, on one GPU.
 
     Args:
-        folder: ``slices.json``, which maps names to ``what``, ``peak_gib`` and the file of ``metrics``, and for
-            each name its flags, one a line (``.flags``).
+        folder: ``slices.json``, which maps names to ``what``, ``peak_gib`` and the file of ``metrics``, and
+            for each name its flags, one a line (``.flags``).
     """
     found = []
     for name, entry in json.loads((folder / "slices.json").read_text()).items():

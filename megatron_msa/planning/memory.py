@@ -44,9 +44,9 @@ class Memory:
     activations: float
     """Kept by the layers for the backward passes of all microbatches in flight."""
     layer: float
-    """What one layer needs beside that while its attention runs: gradients of activations, what it recomputes."""
+    """What a layer needs besides while its attention runs: gradients of activations, what it recomputes."""
     feed_forward: float
-    """The same while the feed-forward of a layer that is recomputed runs, when the MSA kernels need nothing."""
+    """The same while a recomputed feed-forward runs, when the MSA kernels need nothing."""
     workspace: float
     """Of the MSA kernels."""
     gathered_keys: float

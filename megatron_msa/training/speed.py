@@ -108,7 +108,7 @@ def speed(
 
 
 def memory() -> dict[str, float]:
-    """GiB of GPU memory that tensors hold on this rank now, at most since it started, and reserved for them."""
+    """GiB of GPU memory: in tensors of this rank now, at most since it started, and reserved for them."""
     if not torch.cuda.is_available():
         return {}
     figures = {

@@ -120,7 +120,7 @@ class Oracle:
         found = []
         for sequence, first in zip(sequences, start, strict=True):
             whole = self.tokenizer.detokenize(list(sequence))
-            cut = re.match(r".*(?:=| is| are|:)(?= ?\w+$)|.*(?:Answer:)", whole, re.DOTALL)
+            cut = re.match(r".*(?:=| is| are|:|magic [A-Z]+)(?= ?\w+$)|.*(?:Answer:)", whole, re.DOTALL)
             assert cut, whole
             # A token at the seam may hold the prompt's last character, too.
             assert 0 <= cut.end() - len(self.tokenizer.detokenize(list(sequence[:first]))) <= 1

@@ -78,13 +78,6 @@ def test_an_image_replaces_the_environment(tmp_path: Path) -> None:
     )
 
 
-def test_an_evaluation_is_an_array_of_one_node_jobs(tmp_path: Path) -> None:
-    command = ["examples/evaluate.sh", "checkpoint"]
-    result = run("evaluate.sbatch", "--dry-run", "true", *command, folder=tmp_path, **SITE, ARRAY="0-3")
-    assert result.returncode == 0, result.stderr
-    assert {"--nodes=1", "--array=0-3"} <= {*shlex.split(result.stdout.splitlines()[0])}
-
-
 def test_a_conversion_needs_its_dense_checkpoint(tmp_path: Path) -> None:
     result = run("convert.sbatch", "examples/msa_109b/convert.sh", folder=tmp_path, **SITE)
     assert result.returncode != 0
@@ -138,6 +131,13 @@ def test_after_a_signal_and_a_save_the_job_is_put_back(job) -> None:
     assert status == 0
     assert calls[0] == "scancel --signal=TERM 7"  # passed on to the processes
     assert "scontrol requeue 7" in calls
+
+
+def test_a_program_that_the_signal_ended_has_not_failed(job) -> None:
+    for attempt in range(5):
+        status, calls = job(TERM_BY_SLURM + "exit 143", attempt=attempt)
+        assert (status, "scontrol requeue 7" in calls) == (0, True)
+    assert job("exit 143", attempt=2)[0] == 143  # without a signal to the job it has
 
 
 def test_a_cancelled_job_stays_cancelled(job) -> None:

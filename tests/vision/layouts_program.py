@@ -52,29 +52,38 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 PP2 = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
 
 
+Grids = list[list[tuple[int, int, int]]]
+"""Of the visuals of two documents or sequences."""
+FIRST: Grids = [[(1, 2, 4), (3, 4, 2)], [(1, 4, 4)]]
+SECOND: Grids = [[(1, 2, 2)], [(1, 2, 2), (1, 2, 8)]]
+TEXT: Grids = [[], []]
+ONE_IMAGE: Grids = [[], [(1, 4, 4)]]
+
+
 class Case(NamedTuple):
-    """Sizes of the process groups, settings of the model, and whether the second microbatch is text."""
+    """Sizes of the process groups, settings of the model, and what the second microbatch holds."""
 
     sizes: dict[str, int]
     settings: dict[str, Any]
     packed: bool = True
-    text: bool = False
+    second: Grids = SECOND
 
 
 CASES = {
     "TP2": Case({"tensor": 2}, {"tensor_model_parallel_size": 2}),
     "TP2+SP": Case({"tensor": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True} | EXPERTS),
     "TP2+SP, a batch of text": Case(
-        {"tensor": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, packed=False, text=True
+        {"tensor": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, packed=False, second=TEXT
     ),
     "PP2": Case({"pipeline": 2}, PP2 | EXPERTS),
     "PP2, the encoder alone": Case({"pipeline": 2}, PP2 | {"pipeline_model_parallel_layout": "E|ttL"}),
     "CP2": Case({"context": 2}, {"context_parallel_size": 2} | EXPERTS),
     "CP2, zigzag": Case({"context": 2}, {"context_parallel_size": 2, "msa_cp_layout": "zigzag"}),
     "CP2, two sequences": Case({"context": 2}, {"context_parallel_size": 2}, packed=False),
-    "CP2, full recomputation": Case({"context": 2}, {"context_parallel_size": 2} | RECOMPUTE, text=True),
+    "CP2, one image": Case({"context": 2}, {"context_parallel_size": 2}, second=ONE_IMAGE),
+    "CP2, full recomputation": Case({"context": 2}, {"context_parallel_size": 2} | RECOMPUTE, second=TEXT),
     "EP2": Case({"expert": 2}, {"expert_model_parallel_size": 2} | EXPERTS),
-    "DP2, one rank has text": Case({}, {}, text=True),
+    "DP2, one rank has text": Case({}, {}, second=TEXT),
 }
 
 
@@ -98,14 +107,11 @@ def build_groups(tensor: int = 1, pipeline: int = 1, context: int = 1, expert: i
     model_parallel_cuda_manual_seed(7, force_reset_rng=True)
 
 
-def microbatches(*, packed: bool, text: bool) -> list[Microbatch]:
+def microbatches(*, packed: bool, second: Grids) -> list[Microbatch]:
     """Two, equal on all ranks; document ends lie inside blocks and ranks."""
     torch.manual_seed(11)
-    first = [[(1, 2, 4), (3, 4, 2)], [(1, 4, 4)]]
-    second = [[(1, 2, 2)], [(1, 2, 2), (1, 2, 8)]]
     result = []
-    for number, grids in enumerate((first, second)):
-        own = [[], []] if text and number else grids
+    for own in (FIRST, second):
         half = LENGTH // 2 if packed else LENGTH
         rows = []
         for visuals in own:
@@ -223,7 +229,7 @@ def build(case: Case) -> Any:
 
 
 def compare(case: Case) -> dict[str, float]:
-    batches = microbatches(packed=case.packed, text=case.text)
+    batches = microbatches(packed=case.packed, second=case.second)
     build_groups()
     single = {name for name in case.settings if "_parallel" not in name and not name.startswith("pipeline_")}
     whole = build(case._replace(settings={name: case.settings[name] for name in single}))
@@ -244,7 +250,7 @@ def compare(case: Case) -> dict[str, float]:
     for module in model.modules():
         if isinstance(module, VisionModel):
             module.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[0]))
-    batches = microbatches(packed=case.packed, text=case.text)  # layouts are kept with the documents
+    batches = microbatches(packed=case.packed, second=case.second)  # layouts are kept with the documents
     replicas = parallel_state.get_data_parallel_world_size()
     own = batches[parallel_state.get_data_parallel_rank() :: replicas]
     actual = train_step(model, own, case.settings.get("msa_cp_layout", "auto"))

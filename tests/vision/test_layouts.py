@@ -40,11 +40,12 @@ def test_a_layout_repeats_the_single_rank(results: dict[str, Any], case: str) ->
         "PP2, the encoder alone": [72, 0],
         "CP2": [40, 32],
         "CP2, two sequences": [40, 32],
+        "CP2, one image": [40, 24],  # 24 and 24 of the first, then one rank has nothing to encode
         "CP2, full recomputation": [24, 24],
         "EP2": [48, 24],  # each its own microbatch
         "DP2, one rank has text": [48, 0],
     }.items(),
 )
 def test_no_rank_encodes_everything(results: dict[str, Any], case: str, patches: list[int]) -> None:
-    """Of 72 patches in two microbatches, 48 in the first; segments are dealt whole."""
+    """Of 72 patches in two microbatches, 48 in the first (64 with one image); segments are dealt whole."""
     assert results[case]["patches encoded"] == patches
