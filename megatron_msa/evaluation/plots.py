@@ -18,7 +18,7 @@ from megatron_msa.evaluation.report import Results, mean_score
 
 _INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e3e3e3"
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f5fa8", "#d9730d", "#2a8c5a", "#7a4fa3"
-_NAMES = {"msa": "MSA", "dense": "dense attention, same weights"}
+_NAMES = {"msa": "MSA", "dense": "dense attention"}
 _SCORES: Colormap = LinearSegmentedColormap.from_list("scores", ["#a8322d", "#f2c65a", "#2a8c5a"])
 _LAYERS: Colormap = LinearSegmentedColormap.from_list("layers", ["#f2b134", "#c8553d", "#5b2a6f"])
 _MOST_NUMBERS = 150
@@ -65,7 +65,11 @@ def draw_heatmaps(path: Path, results: Results, *, title: str, method: str) -> N
                 grid[depths.index(cell.depth), lengths.index(cell.length)] = score
         _heatmap(axes, grid, lengths, depths)
         mean = f"mean {np.nanmean(grid):.3f}"
-        axes.set_title(f"{_NAMES[mode]}   {mean}", loc="left", fontsize=11, fontweight="bold", color=_INK)
+        # A control beside MSA has its weights; a dense model stands for itself.
+        weights = ", same weights" if mode == "dense" and len(modes) > 1 else ""
+        axes.set_title(
+            f"{_NAMES[mode]}{weights}   {mean}", loc="left", fontsize=11, fontweight="bold", color=_INK
+        )
     panels[0].set_ylabel("depth of the needle", color=_MUTED)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _SCORES), ax=list(panels), pad=0.015, fraction=0.05)
     bar.set_label(f"score ({method.replace('_', ' ')})", color=_MUTED)

@@ -78,7 +78,20 @@ def test_memory_that_grows_is_named(soak_report, tmp_path):
 
     status, report = run(soak_report, tmp_path, legs(leaking))
     assert status == 1
-    assert report["problems"] == ["memory_gib grew from 40.127 to 41.126"]
+    assert report["problems"] == ["memory_gib grew from 40.129 to 41.126 in steps 1 to 500"]
+
+
+def test_reserved_memory_is_compared_within_a_process(soak_report, tmp_path):
+    found = legs()
+    for reserved, leg in zip((60.0, 62.0, 64.0), found, strict=True):
+        for each in leg:
+            each["reserved_memory_gib"] = reserved
+    assert run(soak_report, tmp_path, found)[0] == 0
+    for each in found[2][150:]:
+        each["reserved_memory_gib"] = 66.0
+    status, report = run(soak_report, tmp_path, found)
+    assert status == 1
+    assert report["problems"] == ["reserved_memory_gib grew from 64.000 to 66.000 in steps 201 to 500"]
 
 
 def test_a_leg_without_steps_is_refused(soak_report, tmp_path, capsys):
