@@ -4,7 +4,8 @@
         --output runs/soak
 
 Writes soak.json and soak.png. Exit status 1 if a step is missing, if a step that was repeated after a restart
-has another loss, or if memory grew: in tensors over the whole run, and reserved by the allocator within a process.
+has another loss, or if memory grew: in tensors over the whole run, or reserved by the allocator within a
+process.
 """
 
 import argparse

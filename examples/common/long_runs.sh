@@ -11,9 +11,10 @@ export PYTHON="${PYTHON:-python}"
 LONG_RUN=(
     # SIGTERM (time limit, preemption): finish the step, save, end with status 0.
     --exit-signal-handler
-    # Every rank writes its share (of 1.5 TB for the 109B model on 512 GPUs: 3 GB). Not in the background: 0.19.2 does
-    # that through a worker process, and waits for it for ever when it dies.
+    # Every rank writes its share (of 1.5 TB for the 109B model on 512 GPUs: 3 GB), from a copy in the host's memory and
+    # while training goes on. megatron-core's own worker: the other way needs a library that its images have only.
     --save-interval 500
+    --async-save --use-persistent-ckpt-worker --async-strategy mcore
     # The checkpoint before is deleted once the next one is complete, except every 5,000th.
     --save-retain-interval 5000
     # So that the number of GPUs and the layout may change on the way (docs/parallelism.md).

@@ -1,15 +1,14 @@
 """Corrections to megatron-core 0.19.2 for every machine. Each does nothing once upstream is right."""
 
 import argparse
-import ctypes
 import functools
 import importlib.util
-import multiprocessing.managers
 import os
-import signal
 from typing import Any
 
 import torch
+
+from megatron_msa.training import save_processes
 
 
 def apply() -> None:
@@ -17,7 +16,7 @@ def apply() -> None:
     _allow_plain_python()
     _skip_helper_compilation()
     _load_torch_adam_state()
-    _end_save_queue_with_its_owner()
+    save_processes.apply()
 
 
 # Megatron's defaults that need a library: the module that must be there, and the values (argparse dest ->
@@ -121,33 +120,3 @@ def _load_torch_adam_state() -> None:
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
-def _end_save_queue_with_its_owner() -> None:
-    """The first save starts a process that serves a queue; it would outlive a killed training process."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    original = filesystem_async.get_write_results_queue
-    if getattr(original, "_ends_with_owner", False):
-        return
-    # Without a GPU the queue is forked, not spawned (see `no_gpu`).
-    default_mode = getattr(original, "keywords", {}).get("mp_mode", "spawn")
-
-    def get_write_results_queue(mp_mode: str = default_mode) -> Any:
-        if filesystem_async._results_queue is None:
-            context = multiprocessing.get_context(mp_mode)
-            manager = multiprocessing.managers.SyncManager(ctx=context)
-            manager.start(_end_with_parent, (os.getpid(),))
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    get_write_results_queue._ends_with_owner = True  # type: ignore[attr-defined]
-    filesystem_async.get_write_results_queue = get_write_results_queue
-
-
-def _end_with_parent(parent: int) -> None:
-    """Run in a child process: ask Linux to kill it when its parent ends."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)

@@ -21,6 +21,9 @@ _SMALLER = """
     --lr-warmup-iters 0 --log-interval 1 --eval-iters 0 --msa-quality-interval 0
 """
 
+BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker"]
+"""Save in the background."""
+
 
 def tiny_flags() -> list[str]:
     """The flags of examples/tiny, made smaller."""

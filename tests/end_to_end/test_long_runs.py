@@ -1,7 +1,8 @@
 """What happens to a long run: damaged and old checkpoints, a full disk, a NaN from the index loss.
 
-Its other accidents are tested where the processes are: killed while saving (test_resume.py), SIGTERM
-(test_resume.py, tests/slurm), a dead and a silent process (tests/parallel/test_killed_process.py).
+Its other accidents are tested where the processes are: killed while saving (test_resume.py), saving in the
+background (test_background_save.py), SIGTERM (test_resume.py, tests/slurm), a dead and a silent process
+(tests/parallel/test_killed_process.py).
 """
 
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_msa.checkpoint.newest import newest_complete
 from megatron_msa.errors import ConfigError
-from tests.end_to_end.launching import Pretraining, wait_for
+from tests.end_to_end.launching import BACKGROUND, Pretraining, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -84,14 +85,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("background", [[], BACKGROUND], ids=["waiting", "background"])
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_in_charge(
-    pretrain: Pretraining, tmp_path: Path, small_disk: Path
+    pretrain: Pretraining, tmp_path: Path, small_disk: Path, background: list[str]
 ) -> None:
     pretrain(tmp_path, *FLAGS, "--save-interval", "2", "--exit-interval", "2")
     status = os.statvfs(small_disk)
     free = status.f_bavail * status.f_bsize
     (small_disk / "ballast").write_bytes(b"x" * (free - 100_000))
-    processes = pretrain.start(tmp_path, *FLAGS, "--save-interval", "2")
+    processes = pretrain.start(tmp_path, *FLAGS, "--save-interval", "2", *background)
     run = pretrain.finish(processes, tmp_path)
     assert run.status != 0
     assert "Worker failure" in run.stderr  # Megatron does not say of what
