@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A long run with accidents: trains, is asked to stop (SIGTERM), is killed (SIGKILL) while it trains and still writes
-# the checkpoint of step 210 in the background, and goes on from its checkpoints each time. Then tools/soak_report.py says whether anything was lost.
+# the checkpoint of step 210 in the background, and goes on from its checkpoints each time. Then
+# tools/soak_report.py says whether anything was lost.
 #
 #   examples/soak/soak.sh FOLDER --data-path runs/data/stdlib --tokenizer-model runs/data/byte_tokenizer
 #

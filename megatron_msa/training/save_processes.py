@@ -1,9 +1,9 @@
 """Corrections to megatron-core 0.19.2: the processes that it starts to save checkpoints.
 
 Every save needs a process that serves a queue; `--async-save` adds a worker that lives as long as the run,
-copies the state and writes it while training goes on. Without these corrections both outlive a training process
-that is killed, both are ended by the SIGTERM that a scheduler sends to all processes of a job (the save that
-follows then fails), and a worker that died is waited for without end.
+copies the state and writes it while training goes on. Without these corrections both outlive a training
+process that is killed, both are ended by the SIGTERM that a scheduler sends to all processes of a job (the
+save that follows then fails), and a worker that died is waited for without end.
 """
 
 import atexit
