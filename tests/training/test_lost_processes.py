@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_msa.training.lost_processes import explained
-from megatron_msa.training.megatron_fixes import _end_with_parent
+from megatron_msa.training.save_processes import _end_with_parent_only
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41"
 
@@ -73,7 +73,7 @@ def test_gloo_notices_a_killed_process(tmp_path: Path) -> None:
 def _own_a_child(pid: "multiprocessing.Queue[int]") -> None:
     child = os.fork()
     if child == 0:
-        _end_with_parent(os.getppid())
+        _end_with_parent_only(os.getppid())
         time.sleep(1000)
     pid.put(child)
     time.sleep(1000)
