@@ -41,8 +41,6 @@ if [[ "${TE:-1}" != 0 ]]; then
     KERNELS=(
         --transformer-impl transformer_engine
         --moe-grouped-gemm --moe-permute-fusion # one call for all experts of a rank instead of one each
-        # The loss works in the logits' own memory: 200,000 of them per token are 1.2 MB otherwise.
-        --cross-entropy-loss-fusion --cross-entropy-fusion-impl te
     )
 fi
 

@@ -5,9 +5,11 @@
 # - A stage starts with the weights of the one before it and a new optimizer. Megatron finds its place in the data by
 #   counting sequences, so a run cannot change their length; and weights, unlike Adam's moments, load in any layout.
 # - 16.8M tokens a step (192k: 12.6M, which divides).
-# - Layouts are those that tools/plan.py finds best for 512 H100. Those of 8k and 32k divide and fit for 128 to 2,048;
-#   192k and 1m have too few sequences in a step for more GPUs and too many parameters on each for fewer.
-#   docs/planning.md has the best ones for 128 and 2,048.
+# - Layouts are those that tools/plan.py finds best for 512 H100 (1m: within 2 % of the best, whose experts' exchange
+#   would leave the nodes). Those of 8k and 32k divide and fit for 128 to 2,048; 192k and 1m have too few sequences in a
+#   step for more GPUs. docs/planning.md has the best ones for 128 and 2,048.
+# - Tensor parallelism also divides the logits, which are the largest buffer of the long stages: 200,000 of them per
+#   token, in bf16 and in fp32.
 # - Documents in a sequence do not see each other: what a document attends to does not depend on its neighbours.
 # Sets TRAINING and LAYOUT.
 stage() {
@@ -35,18 +37,20 @@ stage() {
         rate=(--lr 3e-5 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 100)
         # Two stages of two parts each; only the inputs of the layers are kept.
         LAYOUT=(
-            --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
-            --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --tensor-model-parallel-size 4 --sequence-parallel
+            --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et*11|t*10|t*10|t*10L'
+            --context-parallel-size 4 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
             --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
         )
         ;;
     1m)
         sequence=1048576 batch=16 iterations=597 # 10B tokens
         rate=(--lr 1e-5 --min-lr 1e-5 --lr-decay-style constant --lr-warmup-iters 50)
-        # Tensor parallelism divides the gathered keys and values, which context parallelism does not.
+        # Tensor parallelism divides the gathered keys and values, which context parallelism does not. Four stages of two
+        # parts each: the last one has the memory for its logits.
         LAYOUT=(
             --tensor-model-parallel-size 4 --sequence-parallel
-            --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et*11|t*10|t*10|t*10L'
+            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*6|t*5|t*5|t*5|t*5|t*5|t*5|t*5L'
             --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
             --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
         )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A long run with accidents: trains, is asked to stop (SIGTERM), is killed (SIGKILL) while it trains and still writes
-# the checkpoint of step 210 in the background, and goes on from its checkpoints each time. Then
+# A long run with accidents: trains, is asked to stop (SIGTERM), is killed (SIGKILL) in mid-step, perhaps while its last
+# checkpoint is still being written in the background, and goes on from its checkpoints each time. Then
 # tools/soak_report.py says whether anything was lost.
 #
 #   examples/soak/soak.sh FOLDER --data-path runs/data/stdlib --tokenizer-model runs/data/byte_tokenizer
@@ -10,18 +10,18 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 folder="${1:?folder to write into}"
 shift
-STEPS="${STEPS:-500}" SAVE_EVERY="${SAVE_EVERY:-210}" TERM_AT="${TERM_AT:-180}" KILL_AT="${KILL_AT:-230}"
+STEPS="${STEPS:-500}" SAVE_EVERY="${SAVE_EVERY:-250}" TERM_AT="${TERM_AT:-180}" KILL_AT="${KILL_AT:-280}"
 export TE="${TE:-0}"
 source "$here/../pilot_10b/model.sh"
 source "$here/../common/long_runs.sh"
 
-# Four layers of the 10B pilot with 48 of their 64 experts: 1.8B parameters. What bounds it is not the GPU's memory
-# but two checkpoints of 14 bytes per parameter on a disk of 64 GB, and the minutes that they take.
+# Two layers of the 10B pilot with 48 of their 64 experts: 0.9B parameters. What bounds it is not the GPU's memory
+# but the time that three checkpoints of 14 bytes per parameter take within the minutes of a test.
 SLICE=(
-    --num-layers 4 --num-experts 48
+    --num-layers 2 --num-experts 48
     --seq-length 32768 --max-position-embeddings 32768 --micro-batch-size 1 --global-batch-size 1
     --lr 2e-4 --min-lr 2e-4 --lr-decay-style constant --lr-warmup-iters 20
-    --train-iters "$STEPS" --save-interval "$SAVE_EVERY" --save-retain-interval 1000000 --split 100,0,0 --eval-iters 0
+    --train-iters "$STEPS" --save-interval "$SAVE_EVERY" --save-retain-interval "$((1000 * SAVE_EVERY))" --split 100,0,0 --eval-iters 0
     --msa-schedule sparse@0 --msa-quality-interval 50 --log-line compact
 )
 SAVE="$folder/checkpoints"

@@ -25,13 +25,10 @@ class OptimizerSettings:
     Attributes:
         is_distributed: whether its state is shared among the replicas (--use-distributed-optimizer).
         gradient_bytes: per parameter; 4 unless --grad-reduce-in-bf16.
-        fused_loss: whether Transformer Engine computes the loss in place of the logits
-            (--cross-entropy-loss-fusion --cross-entropy-fusion-impl te).
     """
 
     is_distributed: bool
     gradient_bytes: int = FP32
-    fused_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,8 +180,7 @@ def stage_memory(
     loss = 0.0
     if layout.holds_output(pipeline_rank):
         # bf16 logits and their fp32 copy, in which the loss works; in the backward pass the other way round.
-        per_logit = BF16 if optimizer.fused_loss else BF16 + FP32
-        loss = per_logit * tokens * model.vocabulary / layout.tensor
+        loss = (BF16 + FP32) * tokens * model.vocabulary / layout.tensor
     return Memory(
         weights=BF16 * weights.total,
         gradients=optimizer.gradient_bytes * weights.total,

@@ -113,7 +113,6 @@ def read_command(flags: Sequence[str], world: int, *, with_layout: bool = True) 
         args.tensor_model_parallel_size,
         logging_enabled=False,
     )
-    fused_loss = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
     samples = args.train_samples or (args.train_iters or 0) * complete.global_batch_size
     return Request(
         args=args,
@@ -125,7 +124,6 @@ def read_command(flags: Sequence[str], world: int, *, with_layout: bool = True) 
         optimizer=OptimizerSettings(
             is_distributed=args.use_distributed_optimizer,
             gradient_bytes=2 if args.grad_reduce_in_bf16 else 4,
-            fused_loss=fused_loss,
         ),
         local_layers=args.transformer_impl == "local",
     )

@@ -24,13 +24,18 @@ def start(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> tuple[argparse.Namespace, MSAModelConfig]:
     """What pretrain_msa.py does before it starts a process group, as the first of so many processes."""
+    args = parse(flags, monkeypatch, world_size)
+    arguments.tokenizer_from_args(args)
+    return args, arguments.model_config_from_args(args)
+
+
+def parse(flags: list[str], monkeypatch: pytest.MonkeyPatch, world_size: int) -> argparse.Namespace:
+    """The arguments, checked by us and by Megatron."""
     megatron_fixes.apply()
     monkeypatch.setattr(sys, "argv", ["pretrain_msa.py", *flags])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    args = arguments.parse_arguments(has_gpu=False)
-    arguments.tokenizer_from_args(args)
-    return args, arguments.model_config_from_args(args)
+    return arguments.parse_arguments(has_gpu=False)
 
 
 @pytest.mark.parametrize(("recipe", "stage"), STAGES)
@@ -74,15 +79,36 @@ def test_the_first_three_layers_can_keep_full_attention(
     assert config.transformer.msa_layer_pattern() == [0] * 3 + [1] * 38
 
 
-def test_the_kernels_of_transformer_engine_are_asked_for_by_default(
+@pytest.fixture
+def hopper_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the checks of a start ask for them; nothing can be computed."""
+    from megatron.core.transformer.moe import moe_utils
+
+    monkeypatch.setattr(argument_checks, "transformer_engine_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for name in ("permute", "permute_with_probs", "unpermute", "sort_chunks_by_index"):
+        monkeypatch.setattr(moe_utils, f"fused_{name}", print)
+    monkeypatch.setattr(moe_utils, "fused_sort_chunks_by_index_with_probs", print)
+
+
+@pytest.mark.usefixtures("hopper_with_transformer_engine")
+@pytest.mark.parametrize(("recipe", "stage"), STAGES)
+def test_megatron_accepts_the_kernels_that_recipes_ask_for(
+    recipe: str, stage: str, recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse(recipe_flags(f"{recipe}/pretrain.sh", stage, TE="1"), monkeypatch, GPUS[recipe])
+    assert args.transformer_impl == "transformer_engine"
+    assert args.moe_grouped_gemm
+    assert args.moe_permute_fusion
+
+
+@pytest.mark.skipif(argument_checks.transformer_engine_present(), reason="Transformer Engine is installed")
+def test_recipes_need_transformer_engine_unless_told_otherwise(
     recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = recipe_flags("msa_109b/pretrain.sh", "8k", TE="1")
-    if not argument_checks.transformer_engine_present():
-        with pytest.raises(ConfigError, match="Transformer Engine is not installed"):
-            start(flags, monkeypatch, GPUS["msa_109b"])
-    assert "--moe-grouped-gemm" in flags
-    assert flags[flags.index("--cross-entropy-fusion-impl") + 1] == "te"
+    with pytest.raises(ConfigError, match="Transformer Engine is not installed"):
+        start(flags, monkeypatch, GPUS["msa_109b"])
 
 
 def test_an_unknown_stage_and_a_missing_folder_are_refused() -> None:
