@@ -6,8 +6,8 @@
 #   counting sequences, so a run cannot change their length; and weights, unlike Adam's moments, load in any layout.
 # - 16.8M tokens a step (192k: 12.6M, which divides).
 # - Layouts are those that tools/plan.py finds best for 512 H100 (1m: within 2 % of the best, whose experts' exchange
-#   would leave the nodes). Those of 8k and 32k divide and fit for 128 to 2,048; 192k and 1m have too few sequences in a
-#   step for more GPUs. docs/planning.md has the best ones for 128 and 2,048.
+#   would leave the nodes). Those of 8k and 32k divide and fit for 128 to 2,048, those of 192k and 1m for 128 and 512:
+#   a step has too few sequences for more. docs/planning.md has the best ones for each.
 # - Tensor parallelism also divides the logits, which are the largest buffer of the long stages: 200,000 of them per
 #   token, in bf16 and in fp32.
 # - Documents in a sequence do not see each other: what a document attends to does not depend on its neighbours.

@@ -215,5 +215,5 @@ def check_candidate(args: argparse.Namespace, layout: Layout) -> None:
     candidate.micro_batch_size = layout.micro_batch
     candidate.sequence_parallel = layout.tensor > 1
     candidate.num_virtual_stages_per_pipeline_rank = layout.virtual if layout.virtual > 1 else None
-    candidate.pipeline_model_parallel_layout = "given" if layout.pipeline > 1 else None
+    candidate.pipeline_model_parallel_layout = stages_text(layout.chunks) if layout.pipeline > 1 else None
     check_layout(candidate)

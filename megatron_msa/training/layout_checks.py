@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
 from megatron_msa.attention.context_parallel import check_length
 from megatron_msa.errors import ConfigError
 
@@ -143,15 +145,25 @@ def _check_batch(args: argparse.Namespace) -> None:
             f"{args.micro_batch_size} times {replicas} data-parallel ranks"
         )
     microbatches = args.global_batch_size // (args.micro_batch_size * replicas)
-    is_interleaved = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
     group = args.microbatch_group_size_per_vp_stage or stages
-    if is_interleaved and stages > 1 and 0 < microbatches % group < stages:
+    if _is_interleaved(args) and (microbatches < group or 0 < microbatches % group < stages):
         raise ConfigError(
             f"virtual pipeline stages take the {microbatches} microbatches of a step (--global-batch-size "
             f"{args.global_batch_size} / --micro-batch-size {args.micro_batch_size} / {replicas} data-"
-            f"parallel ranks) in groups of {group}, and the last group of {microbatches % group} would be "
-            f"smaller than --pipeline-model-parallel-size {stages}; use a multiple of {group} microbatches"
+            f"parallel ranks) in groups of {group}, and the last group of {microbatches % group} is too "
+            f"small for --pipeline-model-parallel-size {stages}; use a multiple of {group} microbatches"
         )
+
+
+def _is_interleaved(args: argparse.Namespace) -> bool:
+    """Whether a pipeline rank holds several virtual stages."""
+    stages = args.pipeline_model_parallel_size
+    if stages == 1:
+        return False
+    if args.pipeline_model_parallel_layout:
+        parse = PipelineParallelLayerLayout.get_num_stages_from_str
+        return bool(parse(args.pipeline_model_parallel_layout) > stages)
+    return bool(args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage)
 
 
 def _expert_tensor_parallel(args: argparse.Namespace) -> int:

@@ -287,6 +287,19 @@ def test_a_plan_adds_up_and_the_search_finds_nothing_slower(pilot: Request) -> N
     assert times[0] <= ours.step.total * 1.0001
 
 
+@pytest.mark.parametrize(
+    ("recipe", "nodes", "stages"),
+    [("msa_109b", 64, ("8k", "32k", "192k", "1m")), ("pilot_10b", 8, ("8k", "32k", "192k"))],
+)
+def test_every_stage_of_a_recipe_fits_the_gpus_that_it_is_made_for(
+    recipe: str, nodes: int, stages: tuple[str, ...], recipe_flags: Flags
+) -> None:
+    rates = load_rates(FILES, clusters.GPUS["H100"])
+    for stage in stages:
+        request = read_command(recipe_flags(f"{recipe}/pretrain.sh", stage, TE="1"), nodes * 8)
+        plan.check_memory(plan.make_plan(request, request.layout(), cluster(nodes), rates))
+
+
 def test_a_layout_that_does_not_fit_is_refused_with_its_parts(pilot: Request) -> None:
     small = replace(cluster(), gpu=replace(clusters.GPUS["H100"], memory_gib=30.0))
     rates = load_rates(FILES, small.gpu)

@@ -203,6 +203,18 @@ def test_a_schedule_whose_last_phase_is_just_reached_is_accepted(resolve: Resolv
             "the 3 microbatches of a step .* in groups of 2, .* last group of 1 .* use a multiple of 2",
         ),
         (
+            "--pipeline-model-parallel-size 2 --num-layers 4 --global-batch-size 1 "
+            "--pipeline-model-parallel-layout Et|t|t|tL",
+            2,
+            "the 1 microbatches of a step .* in groups of 2, .* last group of 1 .* use a multiple of 2",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2 "
+            "--global-batch-size 2 --microbatch-group-size-per-virtual-pipeline-stage 4",
+            2,
+            "the 2 microbatches of a step .* in groups of 4, .* use a multiple of 4",
+        ),
+        (
             "--tensor-model-parallel-size 2 --sequence-parallel --msa-block-size 3 --seq-length 99",
             2,
             r"the 99 tokens of a context-parallel rank \(--seq-length 99 / .* a multiple of 2",
@@ -244,6 +256,12 @@ def test_a_parallel_layout_that_cannot_work_is_refused(
             f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
             "--expert-tensor-parallel-size 1",
             4,
+        ),
+        # One stage a rank: any number of microbatches will do.
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 4 --global-batch-size 1 "
+            "--pipeline-model-parallel-layout Et*2|t*2L",
+            2,
         ),
         # The first stage holds one layer of three.
         (
