@@ -24,8 +24,9 @@ LONG_RUN=(
     --distributed-timeout-minutes 60 --distributed-timeout-seconds-after-init 600
     # Collect garbage in all processes at the same step: one that pauses keeps all others waiting.
     --manual-gc --manual-gc-interval 100
-    # A NaN in loss or gradients stops the run, after a second attempt has shown whether it is the hardware (16: not
-    # repeatable, 17: repeatable). A loss out of the ordinary is reported.
+    # A NaN in loss or gradients stops the run, after the step was run again: status 17, another result: a passing fault,
+    # resume; 16, the same: the step is saved and, resumed, run once more, which on another GPU tells the data or the
+    # model from a faulty GPU (17). A loss ten times the largest of the first hundred is run again and reported.
     --rerun-mode validate_results --check-for-spiky-loss
     --log-interval 1 --log-throughput --msa-quality-interval 100
 )

@@ -7,9 +7,11 @@
 #   status 0                       done, unless SIGTERM came first: then the job is put back into the queue
 #   status 143 after SIGTERM       the same: ended by it, with nothing to save
 #   status 2                       a setting was refused: it would be again
-#   status 17                      the same NaN twice (Megatron's rerun machine): it would come again
+#   status 17 after status 16      Megatron's rerun machine: a NaN came again (16), and what a third attempt on another
+#                                  GPU told is in its log (17): the data, the model, or the first GPU
 #   any other                      back into the queue, at most MAX_RETRIES times without a new checkpoint in between;
-#                                  then the job ends with that status
+#                                  then the job ends with that status. Among them 17 alone: a NaN that did not come
+#                                  again, and 16: a NaN that did, saved before its step for an attempt elsewhere
 source "$ROOT/examples/slurm/site.sh"
 
 DRY_RUN=no
@@ -142,21 +144,21 @@ iteration() {
 }
 
 finish() {
-    local status="$1" record="$LOGS/$SLURM_JOB_ID/failures" last=none count=0 now
+    local status="$1" record="$LOGS/$SLURM_JOB_ID/failures" last=none count=0 before=none now
     if [[ "$STOPPING" == yes && ("$status" == 0 || "$status" == 143) ]]; then
         requeue "stopped"
         exit 0
     fi
     [[ "$status" == 0 ]] && exit 0
-    if [[ "$status" == 2 || "$status" == 17 ]]; then
+    [[ -f "$record" ]] && read -r last count before < "$record"
+    if [[ "$status" == 2 || "$before $status" == "16 17" ]]; then
         echo "error: status $status is not tried again; the logs of the processes say why" >&2
         exit "$status"
     fi
     now="$(iteration)"
-    [[ -f "$record" ]] && read -r last count < "$record"
     [[ "$now" == "$last" ]] || count=0
     count=$((count + 1))
-    echo "$now $count" > "$record"
+    echo "$now $count $status" > "$record"
     if ((count > MAX_RETRIES)); then
         echo "error: $count failures at iteration $now; the last one with status $status" >&2
         exit "$status"

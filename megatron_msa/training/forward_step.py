@@ -73,7 +73,8 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.reshape(-1).float() * mask)
     num_tokens = mask.sum().to(torch.int)
-    _validate(loss)
+    # A copy: Megatron divides the loss in place, and the rerun machine compares it with that of a second run.
+    _validate(loss.detach().clone())
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     return loss, num_tokens, {"lm loss": report}
 

@@ -27,6 +27,7 @@ from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
 from megatron_msa.training.parameter_groups import SavedGroups
 from megatron_msa.training.phase_control import PhaseAwareStep, late_start_warning, set_phase
+from megatron_msa.training.rerun_state import keep_in_reruns
 from megatron_msa.training.speed import AttendedPairs, EncodedPatches, memory, speed
 from megatron_msa.training.vision_start import VisionStart
 
@@ -122,6 +123,7 @@ class TrainingRun:
             self.vision_start.finish(model, optimizer)
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
+            keep_in_reruns(model, [self.pairs, *([self.patches] if self.patches else [])])
         for line in self.schedule.describe():
             print_rank_0(f"MSA phase {line}")
         if optimizer is not None and self.args.optimizer == "adam":

@@ -7,17 +7,21 @@ save that follows then fails), and a worker that died is waited for without end.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import multiprocessing
 import multiprocessing.managers
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 _POLL_SECONDS = 0.1
+_SIGNALS_TO_THE_JOB = (signal.SIGTERM, signal.SIGINT)
 
 
 class SaveProcessEnded(RuntimeError):
@@ -43,7 +47,8 @@ def _keep_queue() -> None:
         if filesystem_async._results_queue is None:
             context = multiprocessing.get_context(mp_mode)
             manager = multiprocessing.managers.SyncManager(ctx=context)
-            manager.start(_end_with_parent_only, (os.getpid(),))
+            with _signals_for_this_process_only():
+                manager.start(_end_with_parent_only, (os.getpid(),))
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
@@ -65,7 +70,8 @@ def _keep_worker() -> None:
     ) -> Any:
         started = cls._persistent_process is None
         # Not "forkserver": SIGTERM ends that server, which would be the worker's parent.
-        process = original_get_process(cls, rank, "spawn", cpu_priority, io_priority)
+        with _signals_for_this_process_only():
+            process = original_get_process(cls, rank, "spawn", cpu_priority, io_priority)
         if started:
             # Ends it when this process fails: what `multiprocessing` would send is SIGTERM.
             atexit.register(process.kill)
@@ -104,9 +110,25 @@ def _work(*args: Any) -> None:
     PersistentAsyncCaller.async_loop(*args)
 
 
+@contextlib.contextmanager
+def _signals_for_this_process_only() -> Iterator[None]:
+    """A child that is started here is not ended by signals to the job, from its first moment on.
+
+    Until it can ignore them it has to import PyTorch, which takes seconds. Blocked signals stay blocked in a
+    child; here they are delivered afterwards.
+    """
+    # Started first: otherwise the child's start would start it, and with that unblock them.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_THE_JOB)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent_only(parent: int) -> None:
     """Run in a child process: Linux kills it when its parent ends; signals to the job are for the parent."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS_TO_THE_JOB:
         signal.signal(number, signal.SIG_IGN)
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -29,6 +29,14 @@ class AttendedPairs:
         pairs = torch.stack([causal_pairs(lengths), sparse_pairs(lengths, *self._block)])
         self._counted = pairs if self._counted is None else self._counted + pairs
 
+    def saved(self) -> Tensor | None:
+        """The count so far, for `restore`."""
+        return self._counted
+
+    def restore(self, saved: Tensor | None) -> None:
+        """Forget what was counted since."""
+        self._counted = saved
+
     def per_step(
         self, sequences: int, steps: int, group: Any, device: torch.device | int | str
     ) -> tuple[float, float]:
@@ -55,6 +63,14 @@ class EncodedPatches:
         for segment in cut_into_segments(visuals.grid_thw.tolist(), self._vision):
             self._counted[0] += segment.patches
             self._counted[1] += segment.patches**2
+
+    def saved(self) -> list[int]:
+        """The count so far, for `restore`."""
+        return [*self._counted]
+
+    def restore(self, saved: list[int]) -> None:
+        """Forget what was counted since."""
+        self._counted = [*saved]
 
     def flops_per_step(self, steps: int, copies: int, device: torch.device | int | str) -> float:
         """Of a step on all ranks. Collective over all ranks.

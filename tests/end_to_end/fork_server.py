@@ -48,6 +48,13 @@ def _run(request: dict[str, Any]) -> int:
     os.chdir(request["folder"])
     if (path := os.environ.get("DIE_BEFORE_RENAMING_TO")) is not None:
         _die_before_renaming_to(path)
+    if (node := os.environ.get("PRETENDED_NODE")) is not None:
+        this = os.uname()
+        os.uname = lambda: os.uname_result((this.sysname, node, this.release, this.version, this.machine))
+    if (factor := os.environ.get("SPIKY_LOSS_FACTOR")) is not None:
+        from megatron_msa.training import forward_step
+
+        forward_step._SPIKY_LOSS_FACTOR = float(factor)
     sys.argv = [request["program"], *request["arguments"]]
     try:
         if request["program"] == "pretrain_msa.py":

@@ -120,11 +120,25 @@ def test_a_worker_that_died_is_not_waited_for(
     assert newest_complete(tmp_path / "checkpoints") == (pointer, [])
 
 
+@pytest.mark.parametrize("moment", ["the worker's start", "the first step", "the first save"])
 def test_a_signal_to_all_processes_of_a_job_does_not_harm_the_last_save(
-    pretrain: Pretraining, tmp_path: Path
+    pretrain: Pretraining, tmp_path: Path, moment: str
 ) -> None:
     (process,) = pretrain.start(tmp_path, *FLAGS, *SAVING, *BACKGROUND, *ENDLESS, "--exit-signal-handler")
-    wait_for(lambda: saved(tmp_path) != "", "the first save")
+
+    def is_there() -> bool:
+        if moment == "the worker's start":
+            return any("spawn_main" in command for command in children(process.pid).values())
+        if moment == "the first step":
+            return "iteration        1/" in process.stdout
+        return saved(tmp_path) != ""
+
+    wait_for(is_there, moment)
+    if moment == "the worker's start":
+        # The run itself can be asked to stop only once it trains; the worker still imports then, or has just done so.
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: "iteration        1/" in process.stdout, "the first step")
     for pid in (*children(process.pid), process.pid):
         os.kill(pid, signal.SIGTERM)
     run = pretrain.finish([process], tmp_path)

@@ -161,9 +161,23 @@ def test_a_new_checkpoint_starts_the_count_of_failures_anew(job, tmp_path: Path)
         assert "scontrol requeue 7" in calls
 
 
-@pytest.mark.parametrize("status", [2, 17], ids=["a refused setting", "the same NaN twice"])
-def test_what_would_fail_again_is_not_tried_again(job, status: int) -> None:
-    assert job(f"exit {status}") == (status, [])
+def test_a_refused_setting_is_not_tried_again(job) -> None:
+    assert job("exit 2") == (2, [])
+
+
+def test_a_nan_that_came_again_is_tried_once_more_elsewhere(job, tmp_path: Path) -> None:
+    pointer = tmp_path / "save/latest_checkpointed_iteration.txt"
+    status, calls = job(f"echo 4 > {pointer}; exit 16", attempt=0)
+    assert (status, "scontrol requeue 7" in calls) == (16, True)
+    assert job("exit 17", attempt=1) == (17, [])
+
+
+def test_a_nan_that_did_not_come_again_is_a_failure_like_others(job) -> None:
+    for attempt in range(2):
+        status, calls = job("exit 17", attempt=attempt)
+        assert (status, "scontrol requeue 7" in calls) == (17, True)
+    status, calls = job("exit 17", attempt=2)
+    assert (status, "scontrol requeue 7" in calls) == (17, False)
 
 
 def test_a_process_that_fails_while_it_stops_is_a_failure(job) -> None:
