@@ -4,7 +4,7 @@
 # the processes. `--dry-run` as the first argument prints every command instead.
 #
 # One policy for all ends:
-#   status 0                       done, unless SIGTERM came first: then the job is put back into the queue
+#   status 0                       done, unless SIGTERM or a preemption came first: then the job is put back into the queue
 #   status 143 after SIGTERM       the same: ended by it, with nothing to save
 #   status 2                       a setting was refused: it would be again
 #   status 17 after status 16      Megatron's rerun machine: a NaN came again (16), and what a third attempt on another
@@ -72,8 +72,9 @@ submit() {
 launcher() {
     local logs="$1" command extra
     read -ra extra <<< "$SRUN_FLAGS"
-    # One process per GPU, without torchrun, which would end its processes 30 seconds after SIGTERM.
-    command=(srun --label --kill-on-bad-exit=1 --wait=120 --output="$logs/rank-%t.log" "${extra[@]}")
+    # One process per GPU, without torchrun, which would end its processes 30 seconds after SIGTERM. Processes that end
+    # together do not do so in the same second: the last one gets two minutes, for its status and for what it writes.
+    command=(srun --label --kill-on-bad-exit=0 --wait=120 --output="$logs/rank-%t.log" "${extra[@]}")
     if [[ -n "$IMAGE" ]]; then
         command+=(--container-image="$IMAGE" --no-container-mount-home)
         [[ -n "$MOUNTS" ]] && command+=(--container-mounts="$MOUNTS")
@@ -118,7 +119,7 @@ run_job() {
     mkdir -p "$logs"
     STOPPING=no
     trap stop TERM
-    "$@" &
+    "$@" 2> "$logs/launch.log" &
     local child=$!
     # The trap interrupts `wait`, which is then called again for the status of the child itself.
     while true; do
@@ -127,8 +128,18 @@ run_job() {
         kill -0 "$child" 2> /dev/null || break
     done
     trap - TERM
+    cat "$logs/launch.log" >&2
+    ((status == 0)) || status="$(first_status "$logs/launch.log" "$status")"
     echo "$(date -Is) attempt ${SLURM_RESTART_COUNT:-0}: status $status, stopping: $STOPPING, iteration: $(iteration)"
     finish "$status"
+}
+
+# first_status FILE STATUS: that of the process that ended first, if srun reported one; srun's own is the highest, which
+# is that of the processes it had to end.
+first_status() {
+    local first
+    first="$(sed -n 's/^srun: error: .*: Exited with exit code \([0-9]*\)$/\1/p' "$1" | head -n 1)"
+    echo "${first:-$2}"
 }
 
 # SIGTERM: before the time limit, at preemption, or by hand. The processes save and end by themselves.
@@ -145,6 +156,9 @@ iteration() {
 
 finish() {
     local status="$1" record="$LOGS/$SLURM_JOB_ID/failures" last=none count=0 before=none now
+    if [[ "$STOPPING" == no ]] && is_preempted; then
+        STOPPING=yes
+    fi
     if [[ "$STOPPING" == yes && ("$status" == 0 || "$status" == 143) ]]; then
         requeue "stopped"
         exit 0
@@ -165,6 +179,13 @@ finish() {
     fi
     requeue "failure $count at iteration $now, status $status"
     exit "$status"
+}
+
+# During a partition's GraceTime SLURM sends SIGTERM to the processes alone, unless PreemptParameters=send_user_signal.
+is_preempted() {
+    local job
+    job="$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null)" || return 1
+    [[ "$job" =~ PreemptTime=[0-9] ]]
 }
 
 requeue() {

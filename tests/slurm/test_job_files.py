@@ -63,7 +63,7 @@ def test_a_dry_run_prints_the_submission_and_the_processes(tmp_path: Path) -> No
     assert "--signal=B:TERM@900" in words
     assert words[-4:] == RECIPE
     assert shlex.split(recipe)[-4:] == RECIPE
-    assert processes.startswith("srun --label --kill-on-bad-exit=1")
+    assert processes.startswith("srun --label --kill-on-bad-exit=0 --wait=120 ")
     assert f"{sys.prefix}/bin/python {REPOSITORY}/pretrain_msa.py --num-layers 41" in processes
     assert not (tmp_path / "logs").exists()
 
@@ -94,14 +94,17 @@ def job(tmp_path: Path):
     for name in ("scontrol", "scancel", "squeue", "sleep"):
         script = tmp_path / "bin" / name
         script.parent.mkdir(exist_ok=True)
-        answer = 'cat "$STATE_FILE"' if name == "squeue" else ":"
+        answer = {"squeue": 'cat "$STATE_FILE"', "scontrol": '[[ "$1" != show ]] || cat "$JOB_FILE"'}.get(name, ":")
         script.write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n{answer}\n')
         script.chmod(0o755)
-    state = tmp_path / "state"
+    state, description = tmp_path / "state", tmp_path / "description"
 
-    def start(command: str, *, job_state: str = "RUNNING", attempt: int = 0) -> tuple[int, list[str]]:
+    def start(
+        command: str, *, job_state: str = "RUNNING", attempt: int = 0, preempted: str = "None"
+    ) -> tuple[int, list[str]]:
         calls.write_text("")
         state.write_text(job_state)
+        description.write_text(f"   PreemptEligibleTime=2026-11-29T04:31:15 PreemptTime={preempted}\n")
         result = run(
             "pretrain.sbatch",
             *("bash", "-c", command),
@@ -109,11 +112,14 @@ def job(tmp_path: Path):
             **SITE,
             PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
             STATE_FILE=str(state),
+            JOB_FILE=str(description),
             SLURM_JOB_ID="7",
             SLURM_RESTART_COUNT=str(attempt),
             MAX_RETRIES="2",
         )
-        return result.returncode, calls.read_text().splitlines()
+        # Questions to SLURM change nothing.
+        asked = [call for call in calls.read_text().splitlines() if not call.startswith("scontrol show")]
+        return result.returncode, asked
 
     return start
 
@@ -140,6 +146,12 @@ def test_a_program_that_the_signal_ended_has_not_failed(job) -> None:
     assert job("exit 143", attempt=2)[0] == 143  # without a signal to the job it has
 
 
+@pytest.mark.parametrize("status", [0, 143])
+def test_a_preempted_job_is_put_back_though_only_its_processes_were_told(job, status: int) -> None:
+    ended, calls = job(f"exit {status}", preempted="2026-11-29T04:32:54")
+    assert (ended, "scontrol requeue 7" in calls) == (0, True)
+
+
 def test_a_cancelled_job_stays_cancelled(job) -> None:
     _, calls = job(TERM_BY_SLURM + "exit 0", job_state="COMPLETING")
     assert not any(call.startswith("scontrol") for call in calls)
@@ -159,6 +171,11 @@ def test_a_new_checkpoint_starts_the_count_of_failures_anew(job, tmp_path: Path)
         (tmp_path / "save/latest_checkpointed_iteration.txt").write_text(str(100 * attempt))
         _, calls = job("exit 1", attempt=attempt)
         assert "scontrol requeue 7" in calls
+
+
+def test_the_status_is_that_of_the_process_that_ended_first(job) -> None:
+    report = "srun: error: n[2-3]: tasks 8-9: Exited with exit code 2\nsrun: error: n1: task 0: Terminated"
+    assert job(f"echo '{report}' >&2; exit 143") == (2, [])
 
 
 def test_a_refused_setting_is_not_tried_again(job) -> None:

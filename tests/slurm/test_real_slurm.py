@@ -51,7 +51,10 @@ MpiDefault=none
 ReturnToService=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=1
-PartitionName=main Nodes=n1,n2 Default=YES State=UP MaxTime=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES State=UP MaxTime=60 PriorityTier=1 GraceTime=90
+PartitionName=urgent Nodes=n1,n2 State=UP MaxTime=60 PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -187,3 +190,37 @@ def test_a_job_that_fails_is_tried_again_and_ends_with_the_status_of_its_process
     cluster.wait(job, "FAILED", 60)
     assert cluster.job(job, "ExitCode") == "3:0"
     assert cluster.job(job, "Restarts") == "1"
+
+
+def test_a_preempted_run_saves_makes_way_and_goes_on_afterwards(cluster: Cluster, tmp_path: Path) -> None:
+    last = 30
+    job = cluster.run("examples/slurm/pretrain.sbatch", "tests/slurm/recipe.sh", str(last), **site(tmp_path))
+    wait_for(lambda: len(steps(tmp_path)) >= 3, "three steps", 240)
+    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "sleep 5", "-o", "/dev/null")
+    cluster.wait(urgent, "COMPLETED", 240)
+    assert cluster.job(job, "JobState") == "PENDING"
+    saved = (tmp_path / "save/latest_checkpointed_iteration.txt").read_text()
+    assert saved == str(steps(tmp_path)[-1])
+    assert int(saved) < last, "the run ended before it was preempted: make it longer"
+
+    cluster.start_now(job)
+    cluster.wait(job, "COMPLETED", 240)
+    assert steps(tmp_path) == list(range(1, last + 1)), "the second attempt repeated or left out steps"
+
+
+def test_the_status_of_processes_that_end_apart_is_kept(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    values = site(tmp_path) | {"MAX_RETRIES": "0"}
+    job = cluster.run("examples/slurm/pretrain.sbatch", "tests/slurm/end_apart.sh", "16", **values)
+    cluster.wait(job, "FAILED", 120)
+    assert cluster.job(job, "ExitCode") == "16:0"
+
+
+def test_a_process_that_waits_for_one_that_failed_is_ended_and_the_status_is_that_of_the_latter(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    values = site(tmp_path) | {"MAX_RETRIES": "0", "SRUN_FLAGS": "--wait=5"}
+    job = cluster.run("examples/slurm/pretrain.sbatch", "tests/slurm/end_apart.sh", "3", "300", **values)
+    cluster.wait(job, "FAILED", 120)
+    assert cluster.job(job, "ExitCode") == "3:0"
