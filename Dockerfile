@@ -3,6 +3,9 @@
 #   docker build -t megatron-msa .
 #   docker run --rm --gpus all megatron-msa python docker/smoke_test.py --with-te    # with the Triton kernels
 #
+# For training add --ipc=host: the loaders of data and the process that saves share memory with the one that trains, far
+# more than the 64 MB that Docker gives.
+#
 # Python 3.12 and a pre-release of PyTorch 2.11, built together with everything that is compiled against it.
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 

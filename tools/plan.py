@@ -67,10 +67,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     options, flags = parse()
     try:
-        if options.nodes < 1 or options.gpus_per_node < 1:
-            raise ConfigError(
-                f"--nodes {options.nodes} and --gpus-per-node {options.gpus_per_node} must be at least 1"
-            )
+        for name, least in (("nodes", 1), ("gpus_per_node", 1), ("search", 1), ("reserved_gib", 0)):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        for name in ("node_gb_per_s", "network_gb_per_s"):
+            if (value := getattr(options, name)) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
         cluster = clusters.Cluster(
             gpu=clusters.gpu(options.gpu),
             nodes=options.nodes,
@@ -83,7 +86,7 @@ def main() -> int:
         from megatron_msa.planning import plan, report
         from megatron_msa.planning.request import read_command
 
-        if options.search:
+        if options.search is not None:
             request = read_command(flags, cluster.gpus, with_layout=False)
             found = plan.search(request, cluster, rates)
             print("\n".join(report.layouts(found[: options.search])), end="\n\n")

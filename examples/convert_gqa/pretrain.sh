@@ -25,14 +25,18 @@ LOADING=(
     # Index branches that the checkpoint lacks are initialised, and nothing else. This run's own checkpoints have
     # them, and they are loaded as they are: the flag can stay when the run is resumed.
     --msa-init-index low_rank
-    # The dense run ended its learning-rate schedule; this one has its own, up to END.
-    --override-opt-param-scheduler --lr-decay-iters "$END"
+    # The dense run ended its learning-rate schedule; this one has its own: from --lr at START to --min-lr at END. A plain
+    # cosine would count from iteration 0, and be nearly at its end at START.
+    --override-opt-param-scheduler --lr-decay-iters "$END" --lr-warmup-iters 0
+    --lr-decay-style WSD --lr-wsd-decay-style cosine --lr-wsd-decay-iters "$((END - START))"
     # The distributed optimizer's default format stores flat buffers of exactly these parameters. Dense checkpoints
     # saved without this flag are loaded with --no-load-optim, or saved once more with it: docs/conversion.md.
     --dist-ckpt-optim-fully-reshardable
 )
-if [[ -f "$SAVE/latest_checkpointed_iteration.txt" ]]; then
-    LOADING+=(--load "$SAVE")
+# A checkpoint that was damaged after it was saved is passed over.
+newest="$("${PYTHON:-python}" "$here/../../tools/newest_checkpoint.py" "$SAVE")"
+if [[ -n "$newest" ]]; then
+    LOADING+=(--load "$SAVE" --ckpt-step "$newest")
 else
     LOADING+=(--load "$DENSE")
 fi

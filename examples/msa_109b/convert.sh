@@ -7,7 +7,7 @@
 # The dense run is this one; the paper's ended after 2.6T tokens:
 #
 #   SAVE=checkpoints/dense MSA_LAYERS='([0]*41)' examples/msa_109b/pretrain.sh 8k --msa-schedule dense@0 \
-#       --train-iters 154972 --data-path ...
+#       --train-iters 154972 --dist-ckpt-optim-fully-reshardable --data-path ...
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/model.sh"

@@ -23,6 +23,8 @@ MODEL=(
     # ours, M3's router: sigmoid scores, balanced by a bias per expert instead of a loss, weights scaled by 2.
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none
     --moe-router-topk-scaling-factor 2.0 --moe-router-dtype fp32
+    # Megatron's default would gather the rows of all expert-parallel ranks on each: twice what top-4 of 8 ranks needs.
+    --moe-token-dispatcher-type alltoall
     # ours, M3's SwiGLU-OAI: alpha 1.702, clamped at 7.
     --quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0
     --hidden-dropout 0 --attention-dropout 0

@@ -16,7 +16,7 @@ MODEL=(
     --moe-ffn-hidden-size 1536 --moe-shared-expert-intermediate-size 1536
     # ours, from here on
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none
-    --moe-router-topk-scaling-factor 2.0 --moe-router-dtype fp32
+    --moe-router-topk-scaling-factor 2.0 --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall
     --quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0
     --hidden-dropout 0 --attention-dropout 0
     --init-method-std 0.02 --make-vocab-size-divisible-by 128

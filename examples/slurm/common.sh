@@ -36,10 +36,24 @@ check_site() {
         echo "error: VENV is $VENV, but $VENV/bin/python does not exist; pass the folder of a Python environment" >&2
         return 2
     fi
-    if [[ ! "$NODES" =~ ^[1-9][0-9]*$ ]]; then
-        echo "error: NODES is '$NODES'; it must be a positive number" >&2
-        return 2
-    fi
+    for name in NODES SAVE_SECONDS CPUS_PER_TASK; do
+        if [[ ! "${!name}" =~ ^[1-9][0-9]*$ ]]; then
+            echo "error: $name is '${!name}'; it must be a positive number" >&2
+            return 2
+        fi
+    done
+    for name in GPUS_PER_NODE MAX_RETRIES; do
+        if [[ ! "${!name}" =~ ^[0-9]+$ ]]; then
+            echo "error: $name is '${!name}'; it must be a number" >&2
+            return 2
+        fi
+    done
+    for name in ROOT LOGS VENV IMAGE MOUNTS; do # words of a command that recipes split
+        if [[ "${!name}" =~ [[:space:]] ]]; then
+            echo "error: $name is '${!name}'; use one without spaces" >&2
+            return 2
+        fi
+    done
 }
 
 # submit NAME FILE ARGUMENT...: prints the number of the job, or, in a dry run, the command
@@ -54,9 +68,10 @@ submit() {
         --requeue --open-mode=append --output="$LOGS/$name-%j.log"
         # To the batch shell alone, which passes it on: only it knows whether the job is to be put back.
         --signal="B:TERM@$SAVE_SECONDS"
-        --export=ALL
+        --cpus-per-task="$CPUS_PER_TASK" --export=ALL
     )
-    ((GPUS_PER_NODE > 0)) && command+=(--gpus-per-node="$GPUS_PER_NODE")
+    # All memory of its nodes: SLURM's default is a share for the cores that were asked for.
+    ((GPUS_PER_NODE > 0)) && command+=(--gpus-per-node="$GPUS_PER_NODE" --mem=0)
     [[ -n "${ARRAY:-}" ]] && command+=(--array="$ARRAY")
     command+=("${extra[@]}" "$file" "$@")
     export MSA_ROOT="$ROOT"
@@ -74,7 +89,10 @@ launcher() {
     read -ra extra <<< "$SRUN_FLAGS"
     # One process per GPU, without torchrun, which would end its processes 30 seconds after SIGTERM. Processes that end
     # together do not do so in the same second: the last one gets two minutes, for its status and for what it writes.
-    command=(srun --label --kill-on-bad-exit=0 --wait=120 --output="$logs/rank-%t.log" "${extra[@]}")
+    command=(
+        srun --label --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$CPUS_PER_TASK" --output="$logs/rank-%t.log"
+        "${extra[@]}"
+    )
     if [[ -n "$IMAGE" ]]; then
         command+=(--container-image="$IMAGE" --no-container-mount-home)
         [[ -n "$MOUNTS" ]] && command+=(--container-mounts="$MOUNTS")
@@ -93,14 +111,12 @@ network() {
     local logs="$1"
     # Kernels start in the order of their launch, which the overlap of tensor-parallel communication needs.
     export CUDA_DEVICE_MAX_CONNECTIONS=1
-    # Segments that grow: sequences of many lengths would tear memory apart.
-    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     # NVLink multicast takes memory for each of the many communicators, and context parallelism does not use it.
     export NCCL_NVLS_ENABLE=0
     # A node's memory of its last collectives, written when the watchdog ends a run that hangs: who did not come.
     export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
     export TORCH_FR_DUMP_TEMP_FILE="$logs/collectives-rank-"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$CPUS_PER_TASK}"
     [[ -n "${NCCL_IB_HCA:-}" ]] || unset NCCL_IB_HCA
     [[ -n "${NCCL_SOCKET_IFNAME:-}" ]] || unset NCCL_SOCKET_IFNAME
 }
@@ -108,12 +124,22 @@ network() {
 # run_job COMMAND...: the life of a job. COMMAND starts the processes with LAUNCH. SAVE tells progress.
 run_job() {
     local logs="$LOGS/${SLURM_JOB_ID:-JOB}/attempt-${SLURM_RESTART_COUNT:-0}" status=0
+    # One element of an array: its own number, or that of the array, is taken for all elements.
+    JOB="${SLURM_JOB_ID:-}"
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || JOB="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     launcher "$logs"
     network "$logs"
     if [[ "$DRY_RUN" == yes ]]; then
-        show env LAUNCH="$LAUNCH" "$@"
+        local name set=() words
+        for name in CUDA_DEVICE_MAX_CONNECTIONS NCCL_NVLS_ENABLE NCCL_IB_HCA NCCL_SOCKET_IFNAME TORCH_FR_BUFFER_SIZE \
+            TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_FR_DUMP_TEMP_FILE OMP_NUM_THREADS; do
+            [[ -z "${!name:-}" ]] || set+=("$name=${!name}")
+        done
+        show env "${set[@]}" LAUNCH="$LAUNCH" "$@"
         # What a recipe makes of it.
-        LAUNCH="$ROOT/examples/common/print_arguments.sh $LAUNCH" "$@" | paste -sd ' '
+        words="$(LAUNCH="$ROOT/examples/common/print_arguments.sh $LAUNCH" "$@")"
+        mapfile -t words <<< "$words"
+        show "${words[@]}"
         return
     fi
     mkdir -p "$logs"
@@ -146,7 +172,7 @@ first_status() {
 stop() {
     STOPPING=yes
     echo "$(date -Is) SIGTERM: the processes save and end"
-    scancel --signal=TERM "$SLURM_JOB_ID" || true
+    scancel --signal=TERM "$JOB" || true
 }
 
 iteration() {
@@ -184,26 +210,30 @@ finish() {
 # During a partition's GraceTime SLURM sends SIGTERM to the processes alone, unless PreemptParameters=send_user_signal.
 is_preempted() {
     local job
-    job="$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null)" || return 1
+    job="$(scontrol show job "$JOB" 2> /dev/null)" || return 1
     [[ "$job" =~ PreemptTime=[0-9] ]]
 }
 
 requeue() {
     # A job that was cancelled is on its way out and must stay there; a preempted one SLURM puts back itself.
     local state
-    state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
+    state="$(squeue --noheader --jobs="$JOB" --format=%T)"
     if [[ "$state" != RUNNING ]]; then
         echo "$(date -Is) not put back ($1): the job is $state"
         return
     fi
     echo "$(date -Is) back into the queue: $1"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$JOB"
     sleep 60 # SLURM ends this shell
 }
 
 # main NAME FILE RECIPE ARGUMENT...
 main() {
     check_site
+    if ! command -v -- "$3" > /dev/null; then
+        echo "error: '$3' is no program; pass a recipe, for example $ROOT/examples/msa_109b/pretrain.sh" >&2
+        return 2
+    fi
     if [[ -n "${SLURM_JOB_ID:-}" ]]; then
         run_job "${@:3}"
         return

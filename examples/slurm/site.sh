@@ -11,6 +11,7 @@ VENV="${VENV:-}"
 
 # -- with defaults --
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"  # also the processes of a node; 0: no --gpus-per-node, one process
+CPUS_PER_TASK="${CPUS_PER_TASK:-8}"  # cores of a process: its threads, loaders of data, and the one that saves
 TIME="${TIME:-24:00:00}"             # --time
 SAVE_SECONDS="${SAVE_SECONDS:-900}"  # before the time limit: a step, a save, and some patience
 MAX_RETRIES="${MAX_RETRIES:-3}"      # failures without a new checkpoint in between, before the job gives up

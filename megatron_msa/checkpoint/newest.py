@@ -8,6 +8,7 @@ file hold what. Bytes that have changed are not found; for these Megatron has --
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ def damage(checkpoint: Path) -> str | None:
     """
     from torch.distributed.checkpoint import FileSystemReader
 
-    if not (checkpoint / "metadata.json").is_file():
+    try:
+        json.loads((checkpoint / "metadata.json").read_bytes())
+    except FileNotFoundError:
         return "metadata.json is missing"
+    except ValueError:
+        return "metadata.json cannot be read"
     try:
         metadata: Any = FileSystemReader(checkpoint).read_metadata()
     except Exception as error:  # whatever unpickling a damaged file raises
@@ -59,12 +64,17 @@ def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
     tracker = folder / _TRACKER
     if not tracker.is_file() or (text := tracker.read_text().strip()) == "release":
         return None, []
-    if not text.isdecimal():
-        raise ConfigError(
-            f"{tracker} holds {text!r} where an iteration is expected; write the last one there"
-        )
     names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.iterdir())
-    iterations = sorted((int(name[1]) for name in names if name and int(name[1]) <= int(text)), reverse=True)
+    iterations = sorted((int(name[1]) for name in names if name), reverse=True)
+    if not text.isdecimal():
+        complete = (each for each in iterations if damage(folder / f"iter_{each:07d}") is None)
+        newest = next(complete, None)
+        advice = "there is no complete checkpoint" if newest is None else f"write {newest} there"
+        raise ConfigError(
+            f"{tracker} holds {text!r} where an iteration is expected; {advice} (Megatron would end "
+            "without an error)"
+        )
+    iterations = [iteration for iteration in iterations if iteration <= int(text)]
     skipped: list[str] = []
     for iteration in iterations:
         problem = damage(folder / f"iter_{iteration:07d}")

@@ -147,6 +147,19 @@ def layout_from_args(args: argparse.Namespace) -> Layout:
         ConfigError: it cannot work; `check_layout` says why.
     """
     check_layout(args)
+    for flag, value in (
+        ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage),
+        ("--decoder-first-pipeline-num-layers", args.decoder_first_pipeline_num_layers),
+        ("--decoder-last-pipeline-num-layers", args.decoder_last_pipeline_num_layers),
+        ("--account-for-embedding-in-pipeline-split", args.account_for_embedding_in_pipeline_split),
+        ("--account-for-loss-in-pipeline-split", args.account_for_loss_in_pipeline_split),
+    ):
+        if value:
+            raise ConfigError(
+                f"{flag} is {value}; a plan takes the layers of each stage from "
+                "--pipeline-model-parallel-layout (such as 'Et*10|t*11|t*11|t*9L') or cuts them equally, use "
+                "one of these"
+            )
     pipeline = args.pipeline_model_parallel_size
     virtual = args.num_virtual_stages_per_pipeline_rank or 1
     if args.pipeline_model_parallel_layout:
@@ -189,6 +202,12 @@ def _recompute(args: argparse.Namespace) -> str:
     if args.recompute_granularity is None:
         return "none"
     if args.recompute_granularity == "full":
+        if args.recompute_method != "uniform" or args.recompute_num_layers != 1:
+            raise ConfigError(
+                f"--recompute-method is {args.recompute_method} and --recompute-num-layers "
+                f"{args.recompute_num_layers}; a plan knows full recomputation of every layer on its own: "
+                "use uniform and 1"
+            )
         return "full"
     modules = args.recompute_modules or ["core_attn"]
     if modules != ["moe"]:

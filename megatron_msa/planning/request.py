@@ -91,7 +91,7 @@ def read_command(flags: Sequence[str], world: int, *, with_layout: bool = True) 
     try:
         with megatron_refusals(), contextlib.redirect_stdout(io.StringIO()):
             args = parse_args(lambda parser: add_msa_arguments(parser, has_gpu=True))
-            _check_given(args)
+            _check_given(args, with_layout=with_layout)
             if not with_layout:
                 _forget_layout(args)
             complete = copy.deepcopy(args)
@@ -137,7 +137,7 @@ def _forget_layout(args: argparse.Namespace) -> None:
     args.sequence_parallel = False
 
 
-def _check_given(args: argparse.Namespace) -> None:
+def _check_given(args: argparse.Namespace, *, with_layout: bool) -> None:
     if not args.bf16:
         raise ConfigError("--bf16 is not set; a plan counts bytes and rates of bf16 only, add it")
     for flag, value in (
@@ -148,6 +148,14 @@ def _check_given(args: argparse.Namespace) -> None:
     ):
         if value:
             raise ConfigError(f"{flag} is {value}; a plan does not know its memory and rates, leave it out")
+    if args.optimizer != "adam":
+        raise ConfigError(f"--optimizer is {args.optimizer}; a plan knows the memory of adam only")
+    exchanges = args.num_experts and (args.expert_model_parallel_size > 1 or not with_layout)
+    if exchanges and args.moe_token_dispatcher_type == "allgather":
+        raise ConfigError(
+            "--moe-token-dispatcher-type is allgather, Megatron's default; a plan knows what alltoall sends, "
+            "which is less: use alltoall"
+        )
     if not (args.vocab_size or args.padded_vocab_size):
         raise ConfigError(
             "neither --vocab-size nor --padded-vocab-size is set; a plan loads no tokenizer, add one of them"

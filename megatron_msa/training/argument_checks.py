@@ -51,6 +51,15 @@ def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
     check_layout(args)
     if args.save and not args.save_interval:
         raise ConfigError("--save is set without --save-interval; say every how many iterations to save")
+    if args.keep_newest_checkpoints < 1:
+        raise ConfigError(
+            f"--keep-newest-checkpoints is {args.keep_newest_checkpoints}; it must be at least 1"
+        )
+    if args.keep_newest_checkpoints > 1 and not args.save_retain_interval:
+        raise ConfigError(
+            f"--keep-newest-checkpoints {args.keep_newest_checkpoints} without --save-retain-interval: no "
+            "checkpoint is ever deleted; leave it out, or set the interval of those to keep for good"
+        )
     if args.wandb_project:
         _check_wandb(args)
 

@@ -56,6 +56,14 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         "branches that it has are loaded as they are.",
     )
     group.add_argument(
+        "--keep-newest-checkpoints",
+        type=int,
+        default=1,
+        metavar="K",
+        help="With --save-retain-interval: leave the newest K checkpoints, should one of them be damaged. "
+        "Megatron leaves one, besides those of the interval.",
+    )
+    group.add_argument(
         "--metrics-file",
         help="JSON lines, one per logged step, appended. Default: metrics.jsonl in --save, or in the "
         "current folder without --save.",

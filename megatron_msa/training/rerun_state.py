@@ -1,10 +1,10 @@
 """A correction to megatron-core 0.19.2: what a step changes besides parameters, when the step is run again.
 
-A NaN or a spike makes Megatron's rerun machine repeat the forward and backward pass: the same result means the
-data or the model, another one a fault of the GPU. For that it restores random states and rewinds the data, and
-nothing else. But the pass also moves the routers' expert biases (buffers, updated while gradients are
-finalised), so that the repetition would send tokens to other experts and accuse the hardware; and we count
-documents and patches, which would be counted twice.
+A NaN or a spike makes Megatron's rerun machine repeat the forward and backward pass: the same result means
+the data or the model, another one a fault of the GPU. For that it restores random states and rewinds the
+data, and nothing else. But the pass also moves the routers' expert biases (buffers, updated while gradients
+are finalised), so that the repetition would send tokens to other experts and accuse the hardware; and we
+count documents and patches, which would be counted twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Counter(Protocol):
 
 
 def keep_in_reruns(model: Sequence[torch.nn.Module], counters: Sequence[Counter]) -> None:
-    """Let the rerun machine save and restore the buffers of the model, and the counts. Call once per machine."""
+    """Let the rerun machine save and restore the model's buffers and the counts. Call once per machine."""
     machine = get_rerun_state_machine()
     save, restore = machine.state_save_func, machine.state_restore_func
     machine.state_save_func = lambda: _save(save, model, counters)

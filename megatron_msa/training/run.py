@@ -23,6 +23,7 @@ from megatron_msa.phases import Phase, PhaseSchedule
 from megatron_msa.training.console import StepLine
 from megatron_msa.training.hardware import peak_bf16_tflops
 from megatron_msa.training.index_start import IndexBranchStart
+from megatron_msa.training.kept_checkpoints import keep_newest
 from megatron_msa.training.layer_reduction import collect
 from megatron_msa.training.metrics_file import MetricsFile
 from megatron_msa.training.parameter_groups import SavedGroups
@@ -67,6 +68,8 @@ class TrainingRun:
 
     def __init__(self, args: argparse.Namespace, model_config: MSAModelConfig) -> None:
         self.args = args
+        if args.save_retain_interval:
+            keep_newest(args.keep_newest_checkpoints, args.save_retain_interval)
         self.model_config = model_config
         self.config = model_config.transformer
         self.schedule: PhaseSchedule = self.config.phase_schedule()

@@ -135,7 +135,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_harm_the_last_save(
 
     wait_for(is_there, moment)
     if moment == "the worker's start":
-        # The run itself can be asked to stop only once it trains; the worker still imports then, or has just done so.
+        # The run itself can be asked to stop only once it trains.
         for pid in children(process.pid):
             os.kill(pid, signal.SIGTERM)
         wait_for(lambda: "iteration        1/" in process.stdout, "the first step")

@@ -68,9 +68,23 @@ def test_every_lost_file_is_noticed(pretrain: Pretraining, tmp_path: Path) -> No
         (tmp_path / "aside").rename(moved)
     assert newest_complete(saved) == (6, [])
     assert newest_complete(tmp_path / "nowhere") == (None, [])
-    (saved / "latest_checkpointed_iteration.txt").write_text("six")
-    with pytest.raises(ConfigError, match="holds 'six' where an iteration is expected"):
+    for text in ("six", ""):  # empty: it is written in place
+        (saved / "latest_checkpointed_iteration.txt").write_text(text)
+        with pytest.raises(ConfigError, match=f"holds '{text}' where .* is expected; write 6 there"):
+            newest_complete(saved)
+    (saved / "latest_checkpointed_iteration.txt").write_text("6")
+    (checkpoint / "metadata.json").write_text("")
+    with pytest.raises(ConfigError, match=r"iteration 6 is damaged: metadata\.json cannot be read"):
         newest_complete(saved)
+
+
+@pytest.mark.parametrize("background", [[], BACKGROUND], ids=["waiting", "background"])
+def test_the_newest_checkpoints_are_kept(
+    pretrain: Pretraining, tmp_path: Path, background: list[str]
+) -> None:
+    kept = ["--keep-newest-checkpoints", "2", "--save-interval", "1", "--save-retain-interval", "3"]
+    pretrain(tmp_path, *FLAGS, "--train-iters", "8", *kept, *background)
+    wait_for(lambda: iterations(tmp_path / "checkpoints") == [3, 6, 7, 8], "the old ones' end", 20.0)
 
 
 @pytest.fixture

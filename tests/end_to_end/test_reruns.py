@@ -1,6 +1,6 @@
 """Steps that Megatron's rerun machine runs again, because a result looked wrong: what comes of the run.
 
-The results are those of the machine's own error injection, but for a loss that is compared with too low a bound.
+The wrong results are injected by the machine itself; the spike is a loss compared with too low a bound.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def pairs_per_token(run: Run) -> dict[int, float]:
 def test_a_spike_is_run_again_and_the_run_goes_on_as_if_it_had_not_been(
     pretrain: Pretraining, tmp_path: Path
 ) -> None:
-    # 4 losses a step; the bound is known after 100. Experts are balanced by a bias, which the first pass moves.
+    # 4 losses a step; the bound is known after 100. Experts are balanced by a bias, which a pass moves.
     flags = [*FLAGS, "--train-iters", "28", "--check-for-spiky-loss"]
     assert "--moe-router-enable-expert-bias" in pretrain.flags
     plain = pretrain(tmp_path / "plain", *flags)

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from megatron_msa.planning.weights import Model, rank_weights
 from megatron_msa.training.flops import causal_pairs, sparse_pairs, step_flops
 from megatron_msa.training.parameter_count import count_parameters
 from tests.planning.conftest import MOCK, REPOSITORY, Flags
+from tools import plan as plan_tool
 
 FILES = Measurements(
     rows=REPOSITORY / "kernels/benchmarks/results/rows.csv",
@@ -331,6 +333,20 @@ def test_a_layout_that_does_not_fit_is_refused_with_its_parts(pilot: Request) ->
             "--use-precision-aware-optimizer is True; a plan does not know",
         ),
         (["--mtp-num-layers", "1"], "--mtp-num-layers is 1; a plan does not count it"),
+        (["--moe-token-dispatcher-type", "allgather"], "a plan knows what alltoall sends"),
+        (["--optimizer", "sgd"], "--optimizer is sgd; a plan knows the memory of adam only"),
+        (
+            ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "2"],
+            "--num-layers-per-virtual-pipeline-stage is 2; a plan takes the layers",
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "6"],
+            "--decoder-first-pipeline-num-layers is 6; a plan takes the layers",
+        ),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"],
+            "--recompute-method is block and --recompute-num-layers 1; a plan knows",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(recipe_flags: Flags, flags: list[str], message: str) -> None:
@@ -341,3 +357,19 @@ def test_what_cannot_be_planned_is_refused(recipe_flags: Flags, flags: list[str]
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--gpu is V100; allowed: H100, H200"):
         clusters.gpu("V100")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "0"], "--nodes is 0; it must be at least 1"),
+        (["--nodes", "1", "--search", "-1"], "--search is -1; it must be at least 1"),
+        (["--nodes", "1", "--network-gb-per-s", "0"], "--network-gb-per-s is 0.0; it must be above 0"),
+    ],
+)
+def test_the_tool_refuses_clusters_that_cannot_be(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *options, "--", "--num-layers", "1"])
+    assert plan_tool.main() == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -1,12 +1,14 @@
 """The recipes for clusters: accepted by every check of a real start, and of the sizes that they claim."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_msa.checkpoint.hf.megatron_model import build, single_process
 from megatron_msa.errors import ConfigError
@@ -47,18 +49,23 @@ def test_a_stage_passes_the_checks_of_a_real_start(
     assert tokens == pytest.approx({"msa_109b": 2**24, "pilot_10b": 2**22}[recipe], rel=0.26)
     assert config.transformer.msa_layer_pattern() == [1] * args.num_layers
     assert args.exit_signal_handler
+    assert args.moe_token_dispatcher_type == "alltoall"
 
 
 @pytest.mark.parametrize("recipe", GPUS)
 def test_the_conversion_and_its_dense_start_pass_the_checks(
     recipe: str, recipe_flags: Flags, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    layers = {"msa_109b": 41, "pilot_10b": 16}[recipe]
-    dense = recipe_flags(
-        f"{recipe}/pretrain.sh", "8k", "--msa-schedule", "dense@0", MSA_LAYERS=f"([0]*{layers})"
-    )
-    _, config = start(dense, monkeypatch, GPUS[recipe])
+    # The dense run is the command that the script's head gives.
+    head = (REPOSITORY / f"examples/{recipe}/convert.sh").read_text().partition("set -euo")[0]
+    command = head.partition("The dense run is this one")[2].partition("#   ")[2].replace("\\\n#", "")
+    variables, _, arguments = command.partition(f"examples/{recipe}/pretrain.sh ")
+    environment = dict(word.split("=", 1) for word in shlex.split(variables))
+    stage, *more = shlex.split(arguments.partition(" --data-path")[0])
+    dense = recipe_flags(f"{recipe}/pretrain.sh", stage, *more, MSA_LAYERS=environment["MSA_LAYERS"])
+    dense_args, config = start(dense, monkeypatch, GPUS[recipe])
     assert sum(config.transformer.msa_layer_pattern()) == 0
+    assert dense_args.dist_ckpt_optim_fully_reshardable
 
     flags = recipe_flags(f"{recipe}/convert.sh", DENSE=str(tmp_path / "dense"))
     # All checks but that of the dense checkpoint, which only a run can make.
@@ -68,7 +75,33 @@ def test_the_conversion_and_its_dense_start_pass_the_checks(
     args, _ = start(flags[:option] + flags[option + 2 :], monkeypatch, GPUS[recipe])
     first, second = args.msa_schedule.split(",")
     assert (first, second.partition("@")[0]) == ("warmup@0", "sparse")
-    assert args.train_iters > int(second.partition("@")[2])
+    assert dense_args.train_iters < int(second.partition("@")[2]) < args.train_iters
+
+    # The learning rate starts anew where the dense checkpoint ends.
+    scheduler = OptimizerParamScheduler(
+        argparse.Namespace(param_groups=[]),
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=args.lr_decay_iters,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        wsd_decay_steps=args.lr_wsd_decay_iters,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+    rates = []
+    for iteration in (
+        dense_args.train_iters,
+        (dense_args.train_iters + args.train_iters) // 2,
+        args.train_iters,
+    ):
+        scheduler.num_steps = iteration
+        rates.append(scheduler.get_lr({}))
+    assert rates == pytest.approx([3e-5, 1.65e-5, 3e-6], rel=1e-3)
 
 
 def test_the_first_three_layers_can_keep_full_attention(

@@ -43,6 +43,9 @@ def test_nothing_is_submitted_while_a_site_value_is_missing(name: str, tmp_path:
     [
         ({"NODES": "many"}, "NODES is 'many'; it must be a positive number"),
         ({"VENV": "/nowhere"}, "/nowhere/bin/python does not exist"),
+        ({"GPUS_PER_NODE": "eight"}, "GPUS_PER_NODE is 'eight'; it must be a number"),
+        ({"SAVE_SECONDS": "15m"}, "SAVE_SECONDS is '15m'; it must be a positive number"),
+        ({"LOGS": "/data/my logs"}, "LOGS is '/data/my logs'; use one without spaces"),
     ],
 )
 def test_a_site_value_that_cannot_work_is_refused(
@@ -51,6 +54,12 @@ def test_a_site_value_that_cannot_work_is_refused(
     result = run("pretrain.sbatch", *RECIPE, folder=tmp_path, **SITE | changes)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_a_recipe_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    result = run("pretrain.sbatch", "examples/msa_108b/pretrain.sh", folder=tmp_path, **SITE)
+    assert result.returncode == 2
+    assert "'examples/msa_108b/pretrain.sh' is no program; pass a recipe" in result.stderr
 
 
 def test_a_dry_run_prints_the_submission_and_the_processes(tmp_path: Path) -> None:
@@ -94,13 +103,20 @@ def job(tmp_path: Path):
     for name in ("scontrol", "scancel", "squeue", "sleep"):
         script = tmp_path / "bin" / name
         script.parent.mkdir(exist_ok=True)
-        answer = {"squeue": 'cat "$STATE_FILE"', "scontrol": '[[ "$1" != show ]] || cat "$JOB_FILE"'}.get(name, ":")
+        answer = {"squeue": 'cat "$STATE_FILE"', "scontrol": '[[ "$1" != show ]] || cat "$JOB_FILE"'}.get(
+            name, ":"
+        )
         script.write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n{answer}\n')
         script.chmod(0o755)
     state, description = tmp_path / "state", tmp_path / "description"
 
     def start(
-        command: str, *, job_state: str = "RUNNING", attempt: int = 0, preempted: str = "None"
+        command: str,
+        *,
+        job_state: str = "RUNNING",
+        attempt: int = 0,
+        preempted: str = "None",
+        **environment: str,
     ) -> tuple[int, list[str]]:
         calls.write_text("")
         state.write_text(job_state)
@@ -116,6 +132,7 @@ def job(tmp_path: Path):
             SLURM_JOB_ID="7",
             SLURM_RESTART_COUNT=str(attempt),
             MAX_RETRIES="2",
+            **environment,
         )
         # Questions to SLURM change nothing.
         asked = [call for call in calls.read_text().splitlines() if not call.startswith("scontrol show")]
@@ -150,6 +167,13 @@ def test_a_program_that_the_signal_ended_has_not_failed(job) -> None:
 def test_a_preempted_job_is_put_back_though_only_its_processes_were_told(job, status: int) -> None:
     ended, calls = job(f"exit {status}", preempted="2026-11-29T04:32:54")
     assert (ended, "scontrol requeue 7" in calls) == (0, True)
+
+
+def test_an_element_of_an_array_speaks_of_itself_only(job) -> None:
+    element = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    _, calls = job(TERM_BY_SLURM + "exit 143", **element)
+    assert [call.split()[-1] for call in calls if "scancel" in call or "requeue" in call] == ["5_3", "5_3"]
+    assert "squeue --noheader --jobs=5_3 --format=%T" in calls
 
 
 def test_a_cancelled_job_stays_cancelled(job) -> None:

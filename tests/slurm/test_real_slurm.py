@@ -140,6 +140,7 @@ def site(folder: Path) -> dict[str, str]:
         "PARTITION": "main",
         "NODES": "2",
         "GPUS_PER_NODE": "0",
+        "CPUS_PER_TASK": "1",
         "VENV": sys.prefix,
         "LOGS": str(folder / "logs"),
         "SAVE": str(folder / "save"),
@@ -196,7 +197,9 @@ def test_a_preempted_run_saves_makes_way_and_goes_on_afterwards(cluster: Cluster
     last = 30
     job = cluster.run("examples/slurm/pretrain.sbatch", "tests/slurm/recipe.sh", str(last), **site(tmp_path))
     wait_for(lambda: len(steps(tmp_path)) >= 3, "three steps", 240)
-    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "sleep 5", "-o", "/dev/null")
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "urgent", "-N", "2", "--wrap", "sleep 5", "-o", "/dev/null"
+    )
     cluster.wait(urgent, "COMPLETED", 240)
     assert cluster.job(job, "JobState") == "PENDING"
     saved = (tmp_path / "save/latest_checkpointed_iteration.txt").read_text()
@@ -208,9 +211,7 @@ def test_a_preempted_run_saves_makes_way_and_goes_on_afterwards(cluster: Cluster
     assert steps(tmp_path) == list(range(1, last + 1)), "the second attempt repeated or left out steps"
 
 
-def test_the_status_of_processes_that_end_apart_is_kept(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_the_status_of_processes_that_end_apart_is_kept(cluster: Cluster, tmp_path: Path) -> None:
     values = site(tmp_path) | {"MAX_RETRIES": "0"}
     job = cluster.run("examples/slurm/pretrain.sbatch", "tests/slurm/end_apart.sh", "16", **values)
     cluster.wait(job, "FAILED", 120)

@@ -99,6 +99,8 @@ def assert_refused(resolve: Resolve, message: str, *flags: str, **settings: Any)
         ("--distributed-backend nccl", "--distributed-backend nccl needs GPUs and this machine has none"),
         ("--yaml-cfg settings.yaml", "--yaml-cfg is set, which replaces all flags"),
         ("--save here", "--save is set without --save-interval"),
+        ("--keep-newest-checkpoints 0", "--keep-newest-checkpoints is 0; it must be at least 1"),
+        ("--keep-newest-checkpoints 2", "--keep-newest-checkpoints 2 without --save-retain-interval"),
         ("--wandb-project p", "--wandb-project is set, but no folder for its files"),
         (
             "--global-batch-size 3 --micro-batch-size 2",
