@@ -106,8 +106,26 @@ def _work(*args: Any) -> None:
     _end_with_parent_only(parent.pid)
     no_gpu.install_if_no_gpu()
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+    # Under its name it is what the training process asks for.
+    staged = functools.partial(_staged, FileSystemWriterAsync.preload_tensors)
+    FileSystemWriterAsync.preload_tensors = staticmethod(staged)
     PersistentAsyncCaller.async_loop(*args)
+
+
+def _staged(preload_tensors: Any, write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """The state that is to be written, copied while training waits.
+
+    `preload_tensors` copies from a GPU. Tensors of the CPU lie in memory that is shared with the training
+    process: without a copy they would be written as later steps leave them. Such are torch's own count of
+    Adam's steps and, without a GPU, all.
+    """
+    copied = [
+        (name, key, (data, [(item, t.clone() if t.device.type == "cpu" else t) for item, t in tensors]))
+        for name, key, (data, tensors) in write_buckets
+    ]
+    return preload_tensors(copied, non_blocking)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
