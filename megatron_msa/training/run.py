@@ -68,8 +68,6 @@ class TrainingRun:
 
     def __init__(self, args: argparse.Namespace, model_config: MSAModelConfig) -> None:
         self.args = args
-        if args.save_retain_interval:
-            keep_newest(args.keep_newest_checkpoints, args.save_retain_interval)
         self.model_config = model_config
         self.config = model_config.transformer
         self.schedule: PhaseSchedule = self.config.phase_schedule()
@@ -127,6 +125,8 @@ class TrainingRun:
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
             keep_in_reruns(model, [self.pairs, *([self.patches] if self.patches else [])])
+            if self.args.save_retain_interval:
+                keep_newest(self.args.keep_newest_checkpoints, self.args.save_retain_interval)
         for line in self.schedule.describe():
             print_rank_0(f"MSA phase {line}")
         if optimizer is not None and self.args.optimizer == "adam":

@@ -87,6 +87,16 @@ def test_a_loss_that_is_no_number_reaches_the_rerun_machine(
     loss_func()
 
 
+def test_the_rerun_machine_keeps_the_loss_that_megatron_divides_in_place(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(RerunMachine, "validate_result", lambda self, result, **_: kept.append(result))
+    loss, *_ = module.loss_func(torch.ones(1, 2), torch.tensor([[1.0, 3.0]]))
+    loss /= 2
+    assert {float(each) for each in kept} == {4.0}
+
+
 def test_a_spiky_loss_is_looked_for_where_the_flag_asks(args: argparse.Namespace) -> None:
     loss_func = partial(module.loss_func, torch.ones(1, 1), torch.tensor([[11.0]]))
     loss_func()
