@@ -126,3 +126,10 @@ def test_a_nan_from_the_index_loss_ends_the_run_with_the_status_of_megatrons_rer
     processes = pretrain.start(tmp_path, *FLAGS, *poisoned)
     run = pretrain.finish(processes, tmp_path)
     assert run.status == 16  # to be tried again elsewhere: is it the hardware?
+
+
+def test_a_run_ends_with_a_checkpoint_after_its_minutes(pretrain: Pretraining, tmp_path: Path) -> None:
+    endless = ["--train-iters", "100000", "--save-interval", "100000"]
+    # Counted from the import of Megatron: by the server that forks the run.
+    run = pretrain(tmp_path, *FLAGS, *endless, "--exit-duration-in-mins", "1")
+    assert newest_complete(tmp_path / "checkpoints") == (max(run.steps), [])
