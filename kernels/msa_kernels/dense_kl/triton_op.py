@@ -75,19 +75,20 @@ def dense_kl_triton(
     kl_teacher: str,
 ) -> AttentionOutput:
     """See ``msa_kernels.dense_kl``; inputs are checked, index_k is [K, d_i], the scales are given."""
-    k, v = aligned(k), aligned(v)
-    queries = SortedQueries.build(layout)
-    library = choose_library(q, k, layout)
-    if library is not None:
-        out, lse = library(aligned(q), k, v, layout, softmax_scale)
-    else:
-        out, lse = _DenseAttention.apply(q, k, v, queries, softmax_scale)
-    kl = None
-    if index_q is not None and index_k is not None:
-        settings = _Settings(
-            softmax_scale, index_softmax_scale, kl_teacher == "per_head", layout.max_document_length
-        )
-        kl = _KL.apply(index_q, index_k, q.detach(), k.detach(), lse, queries, settings)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        k, v = aligned(k), aligned(v)
+        queries = SortedQueries.build(layout)
+        library = choose_library(q, k, layout)
+        if library is not None:
+            out, lse = library(aligned(q), k, v, layout, softmax_scale)
+        else:
+            out, lse = _DenseAttention.apply(q, k, v, queries, softmax_scale)
+        kl = None
+        if index_q is not None and index_k is not None:
+            settings = _Settings(
+                softmax_scale, index_softmax_scale, kl_teacher == "per_head", layout.max_document_length
+            )
+            kl = _KL.apply(index_q, index_k, q.detach(), k.detach(), lse, queries, settings)
     return AttentionOutput(out, lse, kl)
 
 

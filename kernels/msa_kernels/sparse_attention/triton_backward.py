@@ -41,7 +41,7 @@ def _delta_kernel(out, dout, delta, num_rows, DIM: tl.constexpr, ROWS: tl.conste
 @triton.jit
 def _differentiate(
     q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk, sum_dv,
-    first_key, group, begin, end, scale_log2,
+    first_key, group, begin, end, scale, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WITH_TEACHER: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,8 @@ def _differentiate(
         dp = tl.dot(value_tile, tl.trans(dout_tile))
         ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
         sum_dk = tl.dot(ds, q_tile, sum_dk)
-        dq = tl.dot(tl.trans(ds), key_tile)
+        # Scaled before it is rounded: without, fp16 overflows ten times as early as the gradient itself.
+        dq = tl.dot(tl.trans(ds), key_tile) * scale
         partial_row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
         pointers = partial_dq + partial_row[:, None] * DIM + dims[None, :]
         tl.store(pointers, dq.to(partial_dq.dtype.element_ty), mask=inside[:, None])
@@ -88,8 +89,8 @@ def _backward_kernel(
 ):  # fmt: skip
     """One program per item.
 
-    With P = exp(s - lse) and dS = P (dO V^T - delta): partial_dq [E, G, d] = dS K without the scale; dk and
-    dv, both [K, Hkv, d], get scale dS^T Q and P^T dO (see ``hand_in_key_gradient``); WITH_TEACHER also writes
+    With P = exp(s - lse) and dS = P (dO V^T - delta): partial_dq [E, G, d] = scale dS K; dk and dv, both
+    [K, Hkv, d], get scale dS^T Q and P^T dO (see ``hand_in_key_gradient``); WITH_TEACHER also writes
     the mean of P over the heads, fp32 [E, B].
     """
     begin, _, own_begin, end, first_key, num_keys, group, row = find_item(
@@ -105,12 +106,12 @@ def _backward_kernel(
     sum_dv = tl.zeros([BLOCK, DIM], dtype=tl.float32)
     sum_dk, sum_dv = _differentiate(
         q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk,
-        sum_dv, first_key, group, begin, own_begin, scale_log2,
+        sum_dv, first_key, group, begin, own_begin, scale, scale_log2,
         HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, False,
     )  # fmt: skip
     sum_dk, sum_dv = _differentiate(
         q, dout, lse, delta, entries, own_key, partial_dq, teacher, key_tile, value_tile, sum_dk,
-        sum_dv, first_key, group, own_begin, end, scale_log2,
+        sum_dv, first_key, group, own_begin, end, scale, scale_log2,
         HEADS, GROUP, ENTRIES_PER_QUERY, DIM, BLOCK, ROWS, WITH_TEACHER, True,
     )  # fmt: skip
     hand_in_key_gradient(
@@ -179,6 +180,6 @@ def add_attention_gradients(
         HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim, BLOCK=schedule.block_size,
         WITH_TEACHER=teacher is not None, **TILE,
     )  # fmt: skip
-    sum_slots(partial_dq, schedule, dq, scale=softmax_scale)
+    sum_slots(partial_dq, schedule, dq, scale=1.0)
     sum_items(partial_dk, schedule, dk, is_first_chunk=is_first_chunk)
     sum_items(partial_dv, schedule, dv, is_first_chunk=is_first_chunk)

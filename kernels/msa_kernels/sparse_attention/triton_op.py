@@ -19,7 +19,7 @@ from msa_kernels.common.hopper import device_refusal
 from msa_kernels.common.layout import DocumentLayout
 from msa_kernels.common.outputs import AttentionOutput
 from msa_kernels.sparse_attention import triton_backward, triton_forward, triton_kl
-from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule
+from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule, max_blocks
 from msa_kernels.sparse_attention.triton_sums import sum_groups
 
 # Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
@@ -78,6 +78,13 @@ def refusal(
         return f"there are {group} query heads per group; supported are {GROUP_SIZES}"
     if block_ids.shape[2] > MAX_SLOTS:
         return f"there are {block_ids.shape[2]} blocks per query; at most {MAX_SLOTS} are supported"
+    blocks, most = KeyBlockTable.size(layout, k.shape[0], block_size), max_blocks(group, block_ids.shape[2])
+    if blocks > most:
+        return (
+            f"there may be {blocks:,} blocks ({k.shape[0]:,} keys in blocks of {block_size}, and "
+            f"{layout.num_documents:,} documents); at most {most:,} are supported with {group} query heads "
+            f"per group and {block_ids.shape[2]} blocks per query"
+        )
     return None
 
 
@@ -101,7 +108,8 @@ def sparse_attention_triton(
     ``index_lse`` is not read: the pass that computes the KL normalises the index branch at almost no cost.
     """
     settings = _Settings(block_size, softmax_scale, index_softmax_scale, kl_teacher)
-    out, lse, kl = _SparseAttention.apply(q, k, v, index_q, index_k, block_ids, layout, settings)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        out, lse, kl = _SparseAttention.apply(q, k, v, index_q, index_k, block_ids, layout, settings)
     return AttentionOutput(out, lse, kl)
 
 

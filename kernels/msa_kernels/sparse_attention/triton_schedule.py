@@ -67,6 +67,20 @@ def _block_table_kernel(
         tl.store(num_keys + block, tl.minimum(end - key, BLOCK), mask=block < last)
 
 
+def _tile_queries(group: int) -> int:
+    return min(MAX_TILE_QUERIES, TILE_ROWS // group)
+
+
+def _lanes(group: int, slots: int) -> int:
+    """Entries that `_sort_entries_kernel` sorts at once."""
+    return _tile_queries(group) * triton.next_power_of_2(slots)
+
+
+def max_blocks(group: int, slots: int) -> int:
+    """Blocks whose numbers `_sums_over_equal_blocks` can sort as int32, beside a lane and a bit."""
+    return 2**31 // (2 * _lanes(group, slots)) - 1
+
+
 @triton.jit
 def _sorted(x, LANES: tl.constexpr):
     """x [LANES] in ascending order, by a bitonic network; so does tl.sort, slowly in the interpreter."""
@@ -216,11 +230,16 @@ class KeyBlockTable:
     num_keys: Tensor
     first_block: Tensor
 
+    @staticmethod
+    def size(layout: DocumentLayout, num_keys: int, block_size: int) -> int:
+        """Rows of the table: as many blocks as there can be, known without a look at the documents."""
+        return num_keys // block_size + layout.num_documents
+
     @classmethod
     def build(cls, layout: DocumentLayout, num_keys: int, block_size: int) -> KeyBlockTable:
         """Cuts ``num_keys`` keys into blocks of ``block_size`` tokens, aligned to their documents."""
         documents = layout.num_documents
-        num_blocks = num_keys // block_size + documents
+        num_blocks = cls.size(layout, num_keys, block_size)
         first_key, keys_left, first_block = (
             torch.empty(size, dtype=torch.int32, device=layout.device)
             for size in (num_blocks, num_blocks, documents)
@@ -288,7 +307,7 @@ class Schedule:
         num_entries = block_ids.numel()
         num_blocks = blocks.first_key.numel()
 
-        tile_queries = min(MAX_TILE_QUERIES, TILE_ROWS // group)
+        tile_queries = _tile_queries(group)
         least = max(2, round(SHARED_PART * tile_queries))
         num_tiles = triton.cdiv(queries, tile_queries)
         max_shared = tile_queries * slots // least + tile_queries
@@ -299,7 +318,7 @@ class Schedule:
         num_shared = torch.empty(num_tiles, groups, **options)
         own_key = torch.empty(queries, **options)
         padded_slots = triton.next_power_of_2(slots)
-        lanes = tile_queries * padded_slots
+        lanes = _lanes(group, slots)
         scratch = torch.empty(num_tiles * groups * lanes, dtype=torch.int64, device=device)
         _sort_entries_kernel[(num_tiles, groups)](
             block_ids, layout.query_document, layout.query_position, blocks.first_block, blocks.first_key,
