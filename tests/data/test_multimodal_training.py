@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.data.multimodal_samples import written
+from megatron_msa.data.multimodal.format import Sample, Text, Visual, write_dataset
+from tests.data.multimodal_samples import picture, written
 from tests.end_to_end.launching import REPOSITORY, Pretraining, Run
 
 END, SAVED = 6, 3
@@ -101,6 +103,48 @@ def test_ranks_of_data_parallelism_read_parts_of_their_own_and_resume(
     assert values(resumed) == values(uninterrupted)
     refused = pretrain(tmp_path, *flags, "--load", "checkpoints", "--ckpt-step", str(SAVED), expect_status=1)
     assert "read with other data-parallel size 2, now 1" in refused.stderr
+
+
+def full_sequences(folder: Path, *, with_image: int) -> str:
+    """40 samples that fill a sequence each, the first so many with an image of one token."""
+    samples = [
+        Sample(
+            f"s{number:02d}",
+            (Text("a" * 20), *[Visual((picture(4, 4, number),))] * (number < with_image), Text("b" * 100)),
+        )
+        for number in range(40)
+    ]
+    return str(write_dataset(folder / "full", {"train": samples}, samples_per_shard=20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("with_image", "weight", "layout", "visuals"),
+    [
+        (20, "1", "", [1] * END),  # data-parallel rank 1 has nothing but text
+        (40, "1", "--context-parallel-size 2", [2] * END),  # microbatches of one image for two ranks
+        (40, "0.5", "", [0, 2] * (END // 2)),  # both ranks have text, then both have images
+    ],
+    ids=["a data-parallel rank without images", "one image for two context-parallel ranks", "text by turns"],
+)
+def test_parameters_are_gathered_in_the_background_where_a_rank_encodes_nothing(
+    pretrain: Pretraining, tmp_path: Path, with_image: int, weight: str, layout: str, visuals: list[int]
+) -> None:
+    """Many small buckets: gathering is started and awaited by the forward pass of every module."""
+    flags = [*FLAGS, "--multimodal-data-path", full_sequences(tmp_path, with_image=with_image)]
+    flags += ["--global-batch-size", "2", "--multimodal-weight", weight, "--use-distributed-optimizer"]
+    if weight == "1":
+        start = pretrain.data.index("--data-path")
+        pretrain = replace(pretrain, data=pretrain.data[:start] + pretrain.data[start + 2 :])
+    flags += layout.split()
+    overlap = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "2000"]
+    expected = pretrain(tmp_path / "plain", *flags, processes=2)
+    run = pretrain(tmp_path / "overlapped", *flags, *overlap, processes=2)
+    assert [row["data"]["visuals"] for row in run.steps.values()] == visuals
+    for row, other in zip(run.steps.values(), expected.steps.values(), strict=True):
+        # The same sums, cut into other buckets.
+        assert row["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.slow
