@@ -163,6 +163,17 @@ def test_data_of_nothing_but_bad_samples_stops_the_run(tmp_path):
         next(sequences)
 
 
+@pytest.mark.timeout(60)  # it would read for ever
+@pytest.mark.parametrize("buffer", [1, 5, 150])
+def test_data_of_nothing_but_torn_images_stops_the_run(buffer, tmp_path):
+    """Their headers are good, so that every one of them finds a place in a sequence before it is decoded."""
+    torn = [Sample(f"torn{number}", TORN.pieces) for number in range(7)]
+    path = written(tmp_path, count=0, extra=torn)
+    sequences = stream(path, skip_errors=True, packing_buffer=buffer)
+    with pytest.raises(Exception, match=r"100 multimodal samples in a row .*; the last: sample torn"):
+        next(sequences)
+
+
 # -- the mixture with text -----------------------------------------------------------------------------------
 
 

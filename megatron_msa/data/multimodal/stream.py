@@ -106,14 +106,18 @@ class BadSamples:
 
     def __init__(self, *, skip: bool) -> None:
         self._skip = skip
-        self._in_a_row = 0
+        self._in_a_row = {"measure": 0, "decode": 0}
         self._seen = 0
         self.skipped = 0
         """Since the last `take`."""
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self, step: str) -> Iterator[None]:
         """Around what may raise a `SampleError`.
+
+        Args:
+            step: "measure" or "decode". Each has a row of its own: a torn image has a good header, so that
+                samples which all fail to decode have all been measured before.
 
         Raises:
             SampleError: without skipping, or with too many in a row.
@@ -124,18 +128,18 @@ class BadSamples:
         except SampleError as error:
             if not self._skip:
                 raise
-            self._in_a_row += 1
+            self._in_a_row[step] += 1
             self._seen += 1
             self.skipped += 1
-            if self._in_a_row >= _BAD_IN_A_ROW:
+            if self._in_a_row[step] >= _BAD_IN_A_ROW:
                 raise ConfigError(
-                    f"{self._in_a_row} multimodal samples in a row cannot be used; the last: {error}"
+                    f"{self._in_a_row[step]} multimodal samples in a row cannot be used; the last: {error}"
                 ) from error
             if self._seen <= _SHOWN:
                 more = "; further ones are only counted" if self._seen == _SHOWN else ""
                 print(f"WARNING: skipped {error}{more}", file=sys.stderr, flush=True)
             raise SkipSample from error
-        self._in_a_row = 0
+        self._in_a_row[step] = 0
 
     def take(self) -> int:
         """How many were skipped since the last call."""
@@ -158,7 +162,7 @@ class _Encoder(DefaultTaskEncoder):
 
     @stateless
     def preencode_sample(self, sample: _Raw) -> _Measured:
-        with self._bad.handled():
+        with self._bad.handled("measure"):
             value = self._encoder.measure(parse(sample.__key__, sample.members))
         return _Measured.derive_from(sample, value=value)
 
@@ -174,7 +178,7 @@ class _Encoder(DefaultTaskEncoder):
 
     @stateless
     def postencode_sample(self, sample: _Measured) -> _Decoded:
-        with self._bad.handled():
+        with self._bad.handled("decode"):
             if self._pixels == "none":
                 value = self._encoder.without_pixels(sample.value)
             else:
