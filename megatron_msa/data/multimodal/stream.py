@@ -35,7 +35,7 @@ from megatron_msa.data.multimodal.counts import Counts
 from megatron_msa.data.multimodal.encode import Document, Measured, SampleEncoder
 from megatron_msa.data.multimodal.format import SampleError, parse
 from megatron_msa.data.multimodal.packing import TrainingSequence, choose, join
-from megatron_msa.data.multimodal.shards import energon_refusals
+from megatron_msa.data.multimodal.shards import energon_refusals, name_shards_in_errors
 from megatron_msa.errors import ConfigError
 
 # With --multimodal-on-error skip: so many unusable samples in a row are no accident.
@@ -211,7 +211,8 @@ class SequenceStream:
         placeholder_ids: tokens that are never predicted.
 
     Raises:
-        ConfigError: no such data, a part or a shard is missing, or a shard is cut short.
+        ConfigError: no such data, a part or a shard is missing, or a shard is cut short; from `__next__` also
+            a shard whose content is not what its index says.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class SequenceStream:
             "packing_buffer_size": settings.packing_buffer,
             "task_encoder": _Encoder(encoder, settings, filler, placeholder_ids),
         }
+        name_shards_in_errors()
         with energon_refusals(settings.path, settings.part):
             if settings.part == "train":
                 dataset = get_train_dataset(
