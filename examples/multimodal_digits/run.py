@@ -54,8 +54,8 @@ from megatron_msa.evaluation.multimodal import (  # noqa: E402
 from megatron_msa.training.shown_run import shown_run  # noqa: E402
 
 STAGES = {0: 0.15, 2: 0.4, 4: 0.65, 8: 1.0}
-"""Images of the documents (0: captions only), and the share of the iterations after which a stage ends. Captions
-are learned in the first; what came of the others is in docs/experiments.md."""
+"""Images of the documents (0: captions only), and the share of the iterations after which a stage ends.
+Captions are learned in the first; what came of the others is in docs/experiments.md."""
 
 BLEND = """\
 __module__: megatron.energon
