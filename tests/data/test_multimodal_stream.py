@@ -16,7 +16,7 @@ from megatron_msa.data.multimodal.loaders import LoaderFactory, Place, read_stat
 from megatron_msa.data.multimodal.mixture import TextSource, collate, mix, multimodal_before
 from megatron_msa.data.multimodal.packing import TrainingSequence
 from megatron_msa.data.multimodal.shards import list_shards
-from megatron_msa.data.multimodal.stream import SequenceStream, StreamSettings
+from megatron_msa.data.multimodal.stream import SequenceStream, StreamSettings, read_samples
 from megatron_msa.errors import ConfigError
 from tests.data.multimodal_samples import (
     EOD,
@@ -90,6 +90,13 @@ def test_validation_reads_its_part_in_order_and_again_from_the_start(path):
     keys = first_epoch(stream(path, part="val"), 12)
     assert keys[:6] == keys[6:]
     assert sorted(keys[:6]) == [each.key for each in samples(6, start=900)]
+
+
+def test_samples_are_read_once_and_in_order(path):
+    found = list(read_samples(path, "val"))
+    assert found == samples(6, start=900)
+    with pytest.raises(ConfigError, match="has no part 'test'"):
+        next(read_samples(path, "test"))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

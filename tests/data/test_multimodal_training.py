@@ -162,6 +162,12 @@ def example(output: Path, *flags: str) -> tuple[str, dict[str, Any]]:
     return result.stdout, json.loads((output / "result.json").read_text())
 
 
+def evaluate(*flags: str) -> subprocess.CompletedProcess[str]:
+    """tools/eval_multimodal.py."""
+    program = REPOSITORY / "tools/eval_multimodal.py"
+    return subprocess.run([sys.executable, str(program), *flags], capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_the_example_trains_both_models_and_prints_what_they_reach(tmp_path: Path) -> None:
     """In six iterations that is nothing yet: every stage and every figure is there."""
@@ -181,3 +187,26 @@ def test_captions_are_learned_from_the_images_and_not_without_them(tmp_path: Pat
     assert result["multimodal"]["caption_accuracy"] > 0.5
     assert result["control"]["caption_accuracy"] < 0.2
     assert result["multimodal"]["shuffled_images"] > 1.5 * result["multimodal"]["own_images"]
+
+    # The command for any checkpoint finds the same, and asks its own questions about images in folders.
+    for number in range(8):
+        folder = tmp_path / "objects" / str(number % 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(8, 8, number, mode="L"))
+    checkpoints, captions = tmp_path / "out/{}/checkpoints", str(tmp_path / "out/data/captions")
+    found = evaluate(
+        *("--load", str(checkpoints).format("multimodal"), "--data", captions, "--samples", "297"),
+        *("--objects", str(tmp_path / "objects"), "--images", "2", "4", "--questions", "9"),
+        *("--output", str(tmp_path / "evaluated.json")),
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
+    assert evaluated["iteration"] == 120
+    for name, value in (("own", "own_images"), ("shuffled", "shuffled_images")):
+        assert evaluated["perplexity"][name] == pytest.approx(result["multimodal"][value], rel=1e-6)
+        assert f"{evaluated['perplexity'][name]:.3f}" in found.stdout
+    assert [(each["images"], each["questions"]) for each in evaluated["needle"]] == [(2, 9), (4, 9)]
+    blind = ("--load", str(checkpoints).format("control"), "--data", captions)
+    refused = evaluate(*blind, "--output", str(tmp_path / "refused.json"))
+    assert refused.returncode == 2
+    assert "has no vision encoder" in refused.stderr

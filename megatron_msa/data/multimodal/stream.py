@@ -23,6 +23,7 @@ from megatron.energon import (
     WorkerConfig,
     basic_sample_keys,
     edataclass,
+    get_loader,
     get_savable_loader,
     get_train_dataset,
     get_val_dataset,
@@ -33,6 +34,7 @@ from megatron.energon.wrappers import RepeatDataset
 
 from megatron_msa.data.multimodal.counts import Counts
 from megatron_msa.data.multimodal.encode import Document, Measured, SampleEncoder
+from megatron_msa.data.multimodal.format import Sample as Unencoded
 from megatron_msa.data.multimodal.format import SampleError, parse
 from megatron_msa.data.multimodal.packing import TrainingSequence, choose, join
 from megatron_msa.data.multimodal.shards import energon_refusals, name_shards_in_errors
@@ -199,6 +201,28 @@ class _Encoder(DefaultTaskEncoder):
         )
         sequence.counts.add(Counts(skipped_samples=self._bad.take()))
         return _Packed.derive_from(samples[0], value=sequence)
+
+
+class _Reader(DefaultTaskEncoder):
+    decoder = None
+    cookers: ClassVar[list[Cooker]] = [Cooker(_cook)]
+
+
+def read_samples(path: str, part: str) -> Iterator[Unencoded]:
+    """The samples of one part of a dataset, each once, in its order.
+
+    Raises:
+        ConfigError: no such data or part, or a shard that cannot be read.
+        SampleError: not in the format.
+    """
+    name_shards_in_errors()
+    alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    with energon_refusals(path, part):
+        dataset = get_val_dataset(
+            path, split_part=part, worker_config=alone, batch_size=None, task_encoder=_Reader()
+        )
+    for sample in get_loader(dataset):
+        yield parse(sample.__key__, sample.members)
 
 
 class SequenceStream:
