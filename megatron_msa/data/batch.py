@@ -102,6 +102,8 @@ class BatchSettings:
     patch_values: int | None = None
     """Numbers in a patch of an image; None for a text model."""
     patch_dtype: torch.dtype = torch.float32
+    placeholder_ids: tuple[int, ...] = ()
+    """Tokens that stand for images; text must not hold them."""
 
     @classmethod
     def from_args(cls, args: Any) -> "BatchSettings":
@@ -197,6 +199,7 @@ def get_batch(
         visual_input = visuals_on_this_rank(
             sample,
             patch_values=settings.patch_values,
+            placeholder_ids=settings.placeholder_ids,
             dtype=settings.patch_dtype,
             device=_device(),
         )
@@ -320,7 +323,13 @@ def _stage(vp_stage: int | None) -> tuple[bool, bool]:
 def _patches(args: Any) -> dict[str, Any]:
     """The settings of `BatchSettings` that only a multimodal model has."""
     vision = VisionConfig.from_args(args)
-    return {} if vision is None else {"patch_values": vision.patch_values, "patch_dtype": args.params_dtype}
+    if vision is None:
+        return {}
+    return {
+        "patch_values": vision.patch_values,
+        "patch_dtype": args.params_dtype,
+        "placeholder_ids": vision.placeholder_ids,
+    }
 
 
 def _next_sample(data_iterator: Iterator[dict[str, Any]] | None, settings: BatchSettings) -> dict[str, Any]:

@@ -8,8 +8,10 @@ Who encodes what: the first pipeline stage has the encoder. Its tensor-parallel 
 together; the segments of a microbatch are dealt over the context-parallel ranks by their work (`segments`),
 and every embedding travels to the rank that holds its token (`exchange`).
 
-A microbatch without visuals runs exactly as in the text model. The idle encoder gets zero gradients, because
-Megatron's overlapped reduction waits for every parameter.
+A microbatch without visuals gives exactly what the text model gives. A rank that has nothing to encode in
+training encodes one blank token, which nothing reads: Megatron's overlapped reduction of gradients waits for
+every parameter, and its overlapped gathering of parameters for the forward pass of every module, on all
+data-parallel ranks in the same order.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class MultimodalGPT(GPTModel):
         """[s, b, hidden] of this rank's tokens; with sequence parallelism of its part of them."""
         words = self.embedding(input_ids=input_ids, position_ids=position_ids)
         if visual_input is None or not len(visual_input.grid_thw):
-            return self._touch_encoder(words)
+            return self._encode_nothing(words)
         visual_input.check(self.vision.patch_values)
         segments = cut_into_segments(visual_input.grid_thw.tolist(), self.vision)
         placeholders = placeholder_mask(input_ids, self.vision.placeholder_ids)
@@ -113,7 +115,7 @@ class MultimodalGPT(GPTModel):
         """[tokens of the segments, hidden]; of the type of ``words``."""
         assert self.vision_model is not None
         if not segments:
-            return self._touch_encoder(words.new_zeros(0, words.shape[-1]))
+            return self._encode_nothing(words.new_zeros(0, words.shape[-1]))
         if sum(segment.patches for segment in segments) < patches.shape[0]:
             patches = torch.cat([patches[each.start : each.start + each.patches] for each in segments])
         return self.vision_model(patches, segments).to(words.dtype)
@@ -137,10 +139,14 @@ class MultimodalGPT(GPTModel):
         rows = position * batch + sequence
         return words.reshape(-1, hidden).index_copy(0, rows, visuals).view(length, batch, hidden)
 
-    def _touch_encoder(self, output: Tensor) -> Tensor:
-        """``output`` unchanged, with zero gradients for the encoder that it did not need."""
+    def _encode_nothing(self, output: Tensor) -> Tensor:
+        """``output`` unchanged; in training the encoder has run, and gets zero gradients."""
         assert self.vision_model is not None
         if not torch.is_grad_enabled():
             return output
-        trained = [each for each in self.vision_model.parameters() if each.requires_grad]
-        return attach_loss(output, torch.stack([each.flatten()[0].float() * 0.0 for each in trained]).sum())
+        merge = self.vision.vision_merge_size
+        # Blank patches have finite features and derivatives (norms divide by the root of their epsilon), so
+        # that times zero they are zero.
+        blank = output.new_zeros(merge * merge, self.vision.patch_values)
+        features = self.vision_model(blank, [Segment(start=0, t=1, h=merge, w=merge, tokens=1)])
+        return attach_loss(output, features.float().sum() * 0.0)

@@ -22,6 +22,7 @@ from megatron_msa.data import batch as batch_module
 from megatron_msa.data.batch import Batch, get_batch, max_seqlen_bound, packed_seq_params
 from megatron_msa.data.datasets import build_datasets
 from megatron_msa.errors import ConfigError
+from megatron_msa.model.vision.config import VisionConfig
 
 MakeArgs = Callable[..., argparse.Namespace]
 MakeDataset = Callable[..., str]
@@ -117,6 +118,19 @@ def test_plain_batches_arrive_as_they_are(rank: Rank, load: Any) -> None:
         assert batch.tokens.shape == (2, SEQ)
         assert batch.attention_mask is None
         assert batch.packed_seq_params is None
+
+
+def test_text_with_placeholders_is_refused_where_a_model_sees_images(rank: Rank, load: Any) -> None:
+    """Also without multimodal data: the model would take the placeholders for words."""
+    args, (source, *_) = load([100, 80])
+    vars(args).update(vars(VisionConfig(vision_mode="train", vision_image_token_id=7)))
+    args.params_dtype = torch.float32
+    assert get_batch(copies(source), args).visual_input is None
+    source["tokens"][1, 3] = 7
+    with pytest.raises(ConfigError, match=r"text data .* holds placeholder tokens \(7,\)"):
+        get_batch(copies(source), args)
+    args.vision_mode = "none"  # a text model has no placeholders
+    assert get_batch(copies(source), args).visual_input is None
 
 
 def offsets_by_hand(tokens: torch.Tensor, eod: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The evaluation with images, on a model whose answers are known: it reads the digit from the first pixel."""
 
 import math
+from argparse import Namespace
 
 import numpy
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_msa.data.multimodal.encode import Document
-from megatron_msa.data.multimodal.format import Text, Visual
+from megatron_msa.data.multimodal.format import Sample, Text, Visual
 from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation.multimodal import (
     answer_accuracy,
@@ -17,7 +18,8 @@ from megatron_msa.evaluation.multimodal import (
     needle_sample,
     next_token_logits,
 )
-from tests.data.multimodal_samples import EOD, IMAGE, encoder, picture
+from megatron_msa.evaluation.multimodal_command import letter_tokens, needles, read_objects
+from tests.data.multimodal_samples import EOD, IMAGE, ByteTokenizer, encoder, picture
 
 VOCABULARY = 260
 
@@ -92,6 +94,68 @@ def test_perplexity_with_own_and_with_other_images_is_the_models():
     assert result.shuffled == pytest.approx(math.exp((even + mistaken) / 3), rel=1e-5)
     with pytest.raises(ConfigError, match="none of the 1 documents can exchange images"):
         conditioned_perplexity(Reader(sure), [captioned(1)], [IMAGE])
+
+
+def test_objects_are_read_from_folders_named_after_them(tmp_path):
+    with pytest.raises(ConfigError, match="has 0 folders with images"):
+        read_objects(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            (tmp_path / name / f"{number}.png").write_bytes(name.encode() + bytes([number]))
+    (tmp_path / "empty").mkdir()
+    assert read_objects(tmp_path) == {"cat": [b"cat\0", b"cat\1"], "dog": [b"dog\0", b"dog\1"]}
+
+
+class Joining(ByteTokenizer):
+    """Has a token for "tA"."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return [200] if text == "tA" else super().tokenize(text)
+
+
+def test_letters_behind_names_need_tokens_of_their_own():
+    samples = encoder()
+    samples._tokenizer = Joining()
+    assert letter_tokens(samples, ["cat", "dog"], "AB") == [ord("A"), ord("B")]
+    with pytest.raises(ConfigError, match=r"to the letter A behind cat, t \(tokens \[65, 200\]\)"):
+        letter_tokens(samples, ["cat", "t"], "AB")
+
+
+class Chooser(nn.Module):
+    """Knows objects by their pixels, and answers the letter of the image that shows what is asked for."""
+
+    def __init__(self, objects):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        samples = {name: Sample(name, (Visual((images[0],)),)) for name, images in objects.items()}
+        self.patches = {
+            name: encoder().decode(encoder().measure(each)).patches for name, each in samples.items()
+        }
+
+    def forward(self, tokens, positions, mask, visual_input=None):
+        shown = [
+            next(name for name, patches in self.patches.items() if torch.equal(patches, each))
+            for each in visual_input.patches.split(4)
+        ]
+        asked = bytes(tokens[0, -4:-1].tolist()).decode()  # the name before the last letter
+        logits = torch.zeros(1, tokens.shape[1], VOCABULARY)
+        if asked in shown:
+            logits[0, -2, ord("A") + shown.index(asked)] = 1
+        return logits * self.scale
+
+
+def test_a_model_that_sees_finds_every_needle_and_is_misled_by_others_images():
+    objects = {name: [picture(4, 4, seed)] for seed, name in enumerate(["cat", "dog", "hen"])}
+    options = Namespace(images=[2, 3], questions=12, filler="the", seed=1)
+    found = needles(Chooser(objects), encoder(), objects, options)
+    for each, images in zip(found, (2, 3), strict=True):
+        assert (each["images"], each["questions"], each["chance"]) == (images, 12, 1 / images)
+        assert each["accuracy"] == 1
+        assert each["others_images"] < 0.8
+    options.images = [4]
+    with pytest.raises(ConfigError, match=r"--images is \[4\]; with 3 objects between 2 and 3"):
+        needles(Chooser(objects), encoder(), objects, options)
 
 
 def test_a_needle_document_asks_where_its_objects_are():

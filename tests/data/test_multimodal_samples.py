@@ -1,14 +1,25 @@
 """Multimodal samples: their format, their images, their tokens, and sequences of several of them."""
 
+import io
 import json
 import tarfile
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from megatron.training.config import TokenizerConfig
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_msa.data.corpus import Document as TextDocument
+from megatron_msa.data.encode import Encoder as TextEncoder
+from megatron_msa.data.metadata import load_tokenizer
 from megatron_msa.data.multimodal.config import CLIP_MEAN, CLIP_STD
+from megatron_msa.data.multimodal.encode import SampleEncoder
 from megatron_msa.data.multimodal.format import (
     Sample,
     SampleError,
@@ -18,7 +29,7 @@ from megatron_msa.data.multimodal.format import (
     parse,
     write_dataset,
 )
-from megatron_msa.data.multimodal.images import ImageError, ImageSettings
+from megatron_msa.data.multimodal.images import ImageError, ImageSettings, decoded, size_of
 from megatron_msa.data.multimodal.packing import choose, join
 from megatron_msa.errors import ConfigError
 from tests.data.multimodal_samples import (
@@ -74,6 +85,7 @@ def test_shards_hold_the_documented_files_and_the_same_samples_make_the_same_byt
         ([{"type": "text", "text": "a"}], "no piece names the files 0.png"),
         ([{"type": "sound", "file": "0.png"}], "piece 0 is not text, image or video"),
         ([{"type": "video", "files": []}], "piece 0 is not text, image or video"),
+        ([{"type": "video", "files": [["0.png"]]}], "piece 0 is not text, image or video"),
         ({"type": "text"}, 'no object with a list "content"'),
         (None, 'no object with a list "content"'),
     ],
@@ -112,8 +124,6 @@ def test_patches_are_those_of_the_processor_of_qwen2_vl(size):
     theirs = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 3136, "longest_edge": 9000}, image_mean=CLIP_MEAN, image_std=CLIP_STD
     )
-    from megatron_msa.data.multimodal.images import decoded
-
     expected = theirs(decoded(file), return_tensors="pt")
     patches, grid = settings.patches([file])
     assert [list(grid)] == expected["image_grid_thw"].tolist()
@@ -142,11 +152,66 @@ def test_grey_images_have_one_channel():
     file = picture(4, 4, mode="L")
     patches, _ = settings.patches([file])
     assert patches.shape == (4, 4)
-    from megatron_msa.data.multimodal.images import decoded
-
     assert sorted((patches * 255).round().flatten().tolist()) == sorted(
         numpy.array(decoded(file, "L"), dtype=float).flatten().tolist()
     )
+
+
+def saved_as(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_as_their_exif_data_say(kind, orientation):
+    stored = Image.fromarray(numpy.arange(8 * 4 * 3, dtype=numpy.uint8).reshape(8, 4, 3))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    file = saved_as(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    assert numpy.array_equal(decoded(file), upright)
+    assert size_of(file) == (upright.height, upright.width) == ((8, 4) if orientation < 5 else (4, 8))
+    settings = ImageSettings.build(data_config(), vision_config())
+    assert settings.grid([file]) == settings.patches([file])[1]
+
+
+def test_the_size_of_a_png_file_is_read_without_decoding_it():
+    file = saved_as(Image.fromarray(numpy.zeros((64, 32, 3), dtype=numpy.uint8)), "PNG")
+    assert size_of(file[:60]) == (64, 32)
+
+
+def test_exif_data_that_cannot_be_read_do_not_matter():
+    file = saved_as(Image.new("RGB", (4, 8)), "JPEG", exif=b"Exif\0\0broken")
+    assert size_of(file) == (8, 4)
+    assert decoded(file).size == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grey_of_16_bits_becomes_grey_of_8(kind, mode):
+    values = numpy.array([[0, 128, 129, 257], [300, 32768, 40000, 65535]], dtype=numpy.uint16)
+    pixels = numpy.array(decoded(saved_as(Image.fromarray(values), kind), mode))
+    expected = numpy.array([[0, 0, 1, 1], [1, 128, 156, 255]])
+    assert numpy.array_equal(pixels if mode == "L" else pixels[..., 1], expected)
+
+
+def test_errors_of_any_kind_in_a_decoder_are_those_of_the_image(monkeypatch):
+    """Libraries under Pillow raise what they like: libavif a RuntimeError, for one."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Failed to decode frame 0")
+
+    settings = ImageSettings.build(data_config(), vision_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(ImageError, match="an image is corrupt: Failed to decode"):
+            settings.patches([picture(4, 4)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        with pytest.raises(ImageError, match="is no image that can be read: Failed to decode"):
+            settings.grid([picture(4, 4)])
 
 
 @pytest.mark.parametrize(
@@ -192,10 +257,56 @@ def test_placeholders_stand_where_the_images_are_one_for_each_token():
     assert encoder().without_pixels(measured).patches is None
 
 
+@pytest.mark.parametrize(
+    ("template", "include", "begin", "end"),
+    [
+        ("<s> $A", True, [0], [1]),
+        ("<s> $A </s>", True, [0], [1]),
+        ("<s> $A <s>", True, [0], [0, 1]),
+        ("<s> $A", False, [], [1]),
+    ],
+)
+def test_a_sample_begins_and_ends_as_a_document_of_text_does(template, include, begin, end, tmp_path):
+    """The tokenizer of a Hugging Face model marks the beginning of every text that it is given."""
+    letters = {chr(ord("a") + number): 3 + number for number in range(26)}
+    bpe = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "<image>": 2} | letters, merges=[]))
+    bpe.add_special_tokens(["<s>", "</s>", "<image>"])
+    ids = [("<s>", 0), ("</s>", 1)]
+    bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(
+        TokenizerConfig(
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tmp_path),
+            tokenizer_hf_no_include_special_tokens=not include,
+        )
+    )
+    vision = vision_config(vision_image_token_id=2, vision_video_token_id=None)
+    images = ImageSettings.build(data_config(), vision)
+    samples = SampleEncoder(tokenizer, images, vision, seq_length=20)
+
+    def tokens(*pieces: Text | Visual) -> list[int]:
+        return samples.measure(Sample("k", pieces)).tokens.tolist()
+
+    image = Visual((picture(4, 4),))
+    assert tokens(Text("ab"), image, Text("c"), Text("d")) == [*begin, 3, 4, 2, 5, 6, *end]
+    assert tokens(image) == [*begin, 2, *end]
+    assert tokens(Text("abc")) == TextEncoder(tokenizer).encode(TextDocument("k", "abc", 3)).tolist()
+    with pytest.raises(SampleError, match="neither text nor images"):
+        tokens(Text(""))
+
+
 def test_a_corrupt_image_is_found_when_it_is_decoded():
     whole = picture(16, 16)
     measured = encoder().measure(Sample("torn", (Visual((whole[: len(whole) // 2],)),)))
     with pytest.raises(SampleError, match="sample torn: visual 1: an image is corrupt"):
+        encoder().decode(measured)
+
+
+def test_an_image_of_another_size_than_its_header_says_is_refused():
+    measured = replace(encoder().measure(Sample("k7", (Visual((picture(8, 8),)),))), grids=((1, 2, 4),))
+    with pytest.raises(SampleError, match=r"sample k7: visual 1 .*: \(1, 2, 4\) and \(1, 4, 4\) patches"):
         encoder().decode(measured)
 
 
@@ -211,6 +322,7 @@ def test_a_corrupt_image_is_found_when_it_is_decoded():
             "65 tokens, but a sequence has 64",
         ),
         ((Text(""),), "neither text nor images"),
+        ((Text("a\ud800"),), "its text is no Unicode"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused_with_their_key(pieces, message):

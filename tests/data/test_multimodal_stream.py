@@ -16,7 +16,7 @@ from megatron_msa.data.multimodal.loaders import LoaderFactory, Place, read_stat
 from megatron_msa.data.multimodal.mixture import TextSource, collate, mix, multimodal_before
 from megatron_msa.data.multimodal.packing import TrainingSequence
 from megatron_msa.data.multimodal.shards import list_shards
-from megatron_msa.data.multimodal.stream import SequenceStream, StreamSettings
+from megatron_msa.data.multimodal.stream import SequenceStream, StreamSettings, read_samples
 from megatron_msa.errors import ConfigError
 from tests.data.multimodal_samples import (
     EOD,
@@ -92,6 +92,13 @@ def test_validation_reads_its_part_in_order_and_again_from_the_start(path):
     assert sorted(keys[:6]) == [each.key for each in samples(6, start=900)]
 
 
+def test_samples_are_read_once_and_in_order(path):
+    found = list(read_samples(path, "val"))
+    assert found == samples(6, start=900)
+    with pytest.raises(ConfigError, match="has no part 'test'"):
+        next(read_samples(path, "test"))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_samples_out(path, ranks):
     parts = [set(first_epoch(stream(path, rank=rank, ranks=ranks), 120)) for rank in range(ranks)]
@@ -156,10 +163,31 @@ def test_stages_without_pixels_see_the_same_sequences(tmp_path):
     assert "torn" in {key for each in unchecked for key in each.keys}
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("content", [b"\0", b"\x7f"], ids=["zeros", "noise"])
+def test_a_shard_whose_content_is_lost_stops_the_run_with_its_name(skip, content, tmp_path):
+    path = written(tmp_path)
+    shard = Path(path) / "train-000002.tar"
+    shard.write_bytes(content * shard.stat().st_size)
+    with pytest.raises(ConfigError, match=r"the shard \S+train-000002\.tar cannot be read at byte \d+"):
+        take(stream(path, skip_errors=skip), 20)
+
+
 def test_data_of_nothing_but_bad_samples_stops_the_run(tmp_path):
     bad = [Sample(f"bad{number}", (Text("a" * 100),)) for number in range(3)]
     sequences = stream(written(tmp_path, count=0, extra=bad), skip_errors=True)
     with pytest.raises(Exception, match=r"100 multimodal samples in a row .*; the last: sample bad"):
+        next(sequences)
+
+
+@pytest.mark.timeout(60)  # it would read for ever
+@pytest.mark.parametrize("buffer", [1, 5, 150])
+def test_data_of_nothing_but_torn_images_stops_the_run(buffer, tmp_path):
+    """Their headers are good, so that every one of them finds a place in a sequence before it is decoded."""
+    torn = [Sample(f"torn{number}", TORN.pieces) for number in range(7)]
+    path = written(tmp_path, count=0, extra=torn)
+    sequences = stream(path, skip_errors=True, packing_buffer=buffer)
+    with pytest.raises(Exception, match=r"100 multimodal samples in a row .*; the last: sample torn"):
         next(sequences)
 
 
@@ -262,11 +290,28 @@ def test_a_run_continues_from_its_checkpoint_with_the_next_microbatch(path, tmp_
     assert same(next(from_the_start), next(loader_factory(path).train(None)))
 
 
+def test_a_run_continues_with_longer_sequences(path, tmp_path):
+    buffer = {"multimodal_packing_buffer": 20}
+    loader = loader_factory(path, **buffer).train(None)
+    take(loader, 3)
+    values = {"load": saved(tmp_path, loader, 3), "iteration": 3, "consumed_train_samples": 6, **buffer}
+    longer = loader_factory(path, seq_length=2 * SEQ_LENGTH, **values).train(None)
+    # What was packed when the state was saved comes first, then longer sequences.
+    most, most_before = (
+        max(int((batch["cu_seqlens"].diff() > 0).sum()) for batch in take(each, 6))
+        for each in (longer, loader)
+    )
+    assert most > most_before
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"multimodal_packing_buffer": 6}, "other --multimodal-packing-buffer 5, now 6"),
         ({"num_workers": 1}, "other --num-workers 0, now 1"),
+        ({"multimodal_min_pixels": 256}, "other --multimodal-min-pixels 16, now 256"),
+        ({"multimodal_max_pixels": 512}, "other --multimodal-max-pixels 1024, now 512"),
+        ({"seq_length": 24}, "packed for --seq-length 64, .* may not fit into 24"),
         ({"consumed_train_samples": 8}, "saved after 6 sequences .* counts 8"),
     ],
 )
@@ -352,6 +397,7 @@ def test_good_settings_pass(path):
         ({"multimodal_weight": 0.5}, "there is no text data"),
         ({"data_path": ["text"]}, "--multimodal-weight is 1"),
         ({"multimodal_weight": 1.5, "data_path": ["text"]}, "--multimodal-weight is 1.5"),
+        ({"multimodal_weight": 1e-7, "data_path": ["text"]}, "1e-07, .* to no sequence at all: .* 1e-06"),
         ({"multimodal_min_pixels": 2000}, "--multimodal-min-pixels 2000 is above"),
         ({"multimodal_image_std": [0.0]}, "--multimodal-image-std is"),
         ({"vision_image_token_id": None}, "--vision-image-token-id is missing"),
@@ -377,6 +423,11 @@ def test_a_missing_part_a_missing_shard_and_a_short_one_are_found_before_the_run
     shard.unlink()
     with pytest.raises(ConfigError, match=r"train-000002\.tar does not exist"):
         check(path)
+    shard.write_bytes(content)
+    for size in (0, 12):
+        shard.with_suffix(".tar.idx").write_bytes(b"\0" * size)
+        with pytest.raises(ConfigError, match=rf"train-000002\.tar\.idx of a shard has {size} bytes"):
+            check(path)
 
 
 def test_megatron_takes_our_loaders_and_saves_their_state(path):

@@ -8,6 +8,7 @@ of each quantity relative to its largest entry.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -249,7 +250,10 @@ def compare(case: Case) -> dict[str, float]:
     encoded: list[int] = []
     for module in model.modules():
         if isinstance(module, VisionModel):
-            module.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[0]))
+            # An idle rank encodes blank patches, which are not counted.
+            module.register_forward_pre_hook(
+                lambda _, inputs: encoded.append(int(inputs[0].any(dim=1).sum()))
+            )
     batches = microbatches(packed=case.packed, second=case.second)  # layouts are kept with the documents
     replicas = parallel_state.get_data_parallel_world_size()
     own = batches[parallel_state.get_data_parallel_rank() :: replicas]
@@ -278,11 +282,14 @@ def main() -> None:
         names = sorted(everyones[0].keys() | everyones[1].keys())
         results[name] = {each: [errors.get(each) for errors in everyones] for each in names}
         if torch.distributed.get_rank() == 0:
-            worst = max(
-                (max(filter(None, pair), default=0.0), each)
+            errors = [
+                (error, each)
                 for each, pair in results[name].items()
-                if each != "patches encoded"
-            )
+                for error in pair
+                if error is not None and each != "patches encoded"
+            ]
+            # NaN first: it compares with nothing.
+            worst = max(errors, key=lambda found: (math.isnan(found[0]), found[0]))
             print(name, worst, results[name]["patches encoded"], flush=True)
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))

@@ -9,7 +9,8 @@ from tests.helpers import launch
 from tests.vision.layouts_program import CASES
 
 FP32_NOISE = 3e-5
-"""Of a gradient, relative to the tensor's largest entry: 7e-6 measured. Sums are taken in another order."""
+"""Of a gradient, relative to the tensor's largest entry: 7.4e-6 measured (TP2+SP, a batch of text). Sums are
+taken in another order."""
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +28,10 @@ def test_a_layout_repeats_the_single_rank(results: dict[str, Any], case: str) ->
     found = {name: errors for name, errors in results[case].items() if name != "patches encoded"}
     assert {"loss", "tokens"} <= found.keys()
     assert sum(name.startswith("vision_model.") for name in found) == 35
-    wrong = {name: max(filter(None, errors), default=0.0) for name, errors in found.items()}
-    wrong = {name: error for name, error in wrong.items() if not error <= FP32_NOISE}
+    # A rank without the parameter has no error of it. NaN is no number below the bound, and none is dropped.
+    measured = {name: [each for each in errors if each is not None] for name, errors in found.items()}
+    assert all(measured.values())
+    wrong = {name: errors for name, errors in measured.items() if not all(e <= FP32_NOISE for e in errors)}
     assert wrong == {}
 
 

@@ -68,6 +68,28 @@ class TestTextOnly:
             assert gradient is not None, name
             assert not gradient.any(), name
 
+    @pytest.mark.parametrize("mode", ["train", "freeze"])
+    def test_the_encoder_runs_for_training_only_and_a_frozen_one_gets_no_gradient(self, mode: str) -> None:
+        model = tiny_model(tiny_config(), vision=tiny_vision(vision_mode=mode))
+        owners = {each for each in model.vision_model.modules() if [*each.parameters(recurse=False)]}
+        called = set()
+        for module in owners:
+            # Megatron waits here for parameters that are gathered in the background.
+            module.register_forward_pre_hook(lambda module, _: called.add(module))
+        tokens, _ = random_tokens()
+        with torch.no_grad():
+            expected = run(model, tokens, None)
+        assert called == set()
+        logits = run(model, tokens, None)
+        assert called == owners
+        assert torch.equal(logits, expected)
+        logits.sum().backward()
+        for name, parameter in model.vision_model.named_parameters():
+            trained = mode == "train" or name.startswith(("projector.", "merge."))
+            assert parameter.requires_grad == trained, name
+            assert (parameter.grad is not None) == trained, name
+            assert parameter.grad is None or not parameter.grad.any(), name
+
     def test_an_empty_list_of_visuals_is_no_visual(self) -> None:
         model = multimodal()
         tokens, _ = random_tokens(batch=1)

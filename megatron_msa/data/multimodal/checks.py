@@ -39,11 +39,7 @@ def check_multimodal_data(args: Any, tokenizer: Any) -> None:
     config = MultimodalDataConfig.from_args(args)
     if config is None:
         return
-    if importlib.util.find_spec("megatron.energon") is None:
-        raise ConfigError(
-            "--multimodal-data-path is set, but Megatron-Energon is not installed; "
-            "pip install 'megatron-msa[multimodal]'"
-        )
+    require_energon("--multimodal-data-path")
     _check_flags(args, config)
     # Imports Energon, which is optional.
     from megatron_msa.data.multimodal.loaders import LoaderFactory, Place
@@ -51,6 +47,18 @@ def check_multimodal_data(args: Any, tokenizer: Any) -> None:
     factory = LoaderFactory(args, tokenizer, Place(rank=0, ranks=args.data_parallel_size))
     for part in ("train", "val") if args.eval_iters else ("train",):
         factory.shards(part)
+
+
+def require_energon(flag: str) -> None:
+    """Before the first import of what needs the optional package.
+
+    Raises:
+        ConfigError: it is not installed; names the flag that asks for it.
+    """
+    if importlib.util.find_spec("megatron.energon") is None:
+        raise ConfigError(
+            f"{flag} is set, but Megatron-Energon is not installed; pip install 'megatron-msa[multimodal]'"
+        )
 
 
 def described_parts(args: Any) -> dict[str, str]:

@@ -8,6 +8,8 @@ from fractions import Fraction
 from megatron_msa.errors import ConfigError
 
 ON_ERROR = ("raise", "skip")
+_FINEST_SHARE = 10**6
+"""Largest denominator of the share of multimodal sequences."""
 
 # Of the CLIP models, which MiniMax-M3 and Qwen2-VL use too.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -75,6 +77,11 @@ class MultimodalDataConfig:
                 f"--multimodal-weight is {self.multimodal_weight}; it is a share of the sequences, above 0 "
                 "and at most 1"
             )
+        if not self.share:
+            raise ConfigError(
+                f"--multimodal-weight is {self.multimodal_weight}, which is rounded to no sequence at all: "
+                f"give at least {1 / _FINEST_SHARE:g}, or leave out --multimodal-data-path"
+            )
         if self.multimodal_min_pixels > self.multimodal_max_pixels:
             raise ConfigError(
                 f"--multimodal-min-pixels {self.multimodal_min_pixels} is above --multimodal-max-pixels "
@@ -86,7 +93,7 @@ class MultimodalDataConfig:
     @property
     def share(self) -> Fraction:
         """The weight as a ratio of whole numbers, so that no rounding decides between the sources."""
-        return Fraction(self.multimodal_weight).limit_denominator(10**6)
+        return Fraction(self.multimodal_weight).limit_denominator(_FINEST_SHARE)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "MultimodalDataConfig | None":

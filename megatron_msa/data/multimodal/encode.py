@@ -25,7 +25,7 @@ class Measured:
     """A sample whose length is known.
 
     Attributes:
-        tokens: int64 [n + 1], with placeholders and the end-of-document token: n positions of a sequence.
+        tokens: int64 [n + 1], with placeholders and what begins and ends a document; n positions.
         grids: patches along time, height and width of each visual.
         files: the files of each visual, not decoded.
     """
@@ -82,6 +82,7 @@ class SampleEncoder:
         self.seq_length = seq_length
         self._tokenizer = tokenizer
         self._vision = vision
+        self._begin, self._end = special_tokens_around(tokenizer)
 
     def measure(self, sample: Sample) -> Measured:
         """Token ids with one placeholder for each merged patch.
@@ -91,7 +92,7 @@ class SampleEncoder:
                 is longer than a sequence.
         """
         vision = self._vision
-        tokens: list[int] = []
+        tokens = [*self._begin]
         grids: list[tuple[int, int, int]] = []
         files: list[tuple[bytes, ...]] = []
         for piece in sample.pieces:
@@ -111,11 +112,14 @@ class SampleEncoder:
             tokens += [placeholder] * count
             grids.append(grid)
             files.append(piece.files)
-        if tokens[-1:] != [self._tokenizer.eod]:
+        if len(tokens) == len(self._begin):
+            raise SampleError(sample.key, "has neither text nor images")
+        tokens += self._end
+        if tokens[-1] != self._tokenizer.eod:
             tokens.append(self._tokenizer.eod)
-        if not 2 <= len(tokens) <= self.seq_length + 1:
-            if len(tokens) < 2:
-                raise SampleError(sample.key, "has neither text nor images")
+        if len(tokens) < 2:
+            raise SampleError(sample.key, "has nothing but the end-of-document token")
+        if len(tokens) > self.seq_length + 1:
             raise SampleError(
                 sample.key,
                 f"has {len(tokens) - 1} tokens, but a sequence has {self.seq_length} (--seq-length): split "
@@ -135,7 +139,12 @@ class SampleEncoder:
                 visual, decoded_grid = self.images.patches(files)
             except ImageError as error:
                 raise SampleError(measured.key, f"visual {number + 1}: {error}") from error
-            assert decoded_grid == grid
+            if decoded_grid != grid:
+                raise SampleError(
+                    measured.key,
+                    f"visual {number + 1} has other sizes in its header than in its pixels: {grid} and "
+                    f"{decoded_grid} patches (time, height, width)",
+                )
             patches.append(visual)
         return Document(
             measured.key,
@@ -149,7 +158,11 @@ class SampleEncoder:
         return Document(measured.key, measured.tokens, grid_tensor(measured.grids), None)
 
     def _text(self, key: str, text: str) -> list[int]:
-        ids = [int(token) for token in self._tokenizer.tokenize(text)] if text else []
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SampleError(key, f"its text is no Unicode: {error}") from error
+        ids = plain_tokens(self._tokenizer, text) if text else []
         if ids and (min(ids) < 0 or max(ids) >= self._tokenizer.vocab_size):
             raise SampleError(key, f"the tokenizer gave ids outside its {self._tokenizer.vocab_size}")
         found = sum(token in self._vision.placeholder_ids for token in ids)
@@ -160,6 +173,32 @@ class SampleEncoder:
                 "of its images; images and videos are pieces of their own",
             )
         return ids
+
+
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text and nothing else.
+
+    Args:
+        tokenizer: Megatron's. Those of Hugging Face models put what marks the beginning and end of a document
+            (BOS, EOS) around every text that they are given, unless
+            --tokenizer-hf-no-include-special-tokens tells Megatron otherwise.
+        text: to tokenize.
+    """
+    library = getattr(tokenizer, "_tokenizer", None)
+    if library is not None and getattr(library, "include_special_tokens", False):
+        return list(library.tokenizer(text, add_special_tokens=False).input_ids)
+    return [int(token) for token in tokenizer.tokenize(text)]
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind every text of its own accord."""
+    library = getattr(tokenizer, "_tokenizer", None)
+    if not getattr(library, "include_special_tokens", False):
+        return [], []
+    probe = "a"
+    plain, whole = plain_tokens(tokenizer, probe), list(tokenizer.tokenize(probe))
+    start = next(n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def grid_tensor(grids: tuple[tuple[int, int, int], ...]) -> Tensor:

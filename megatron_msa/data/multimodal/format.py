@@ -15,8 +15,8 @@ A piece is one of
 
 Any number of pieces in any order; every file is named exactly once. Files are images that Pillow reads. A
 text is tokenized by itself, so whatever a model wants around its images (start and end tokens) stands in the
-texts beside them. Placeholder tokens do not: they are inserted for each image and video. The end-of-document
-token is appended to the sample.
+texts beside them. Placeholder tokens do not: they are inserted for each image and video. The sample begins
+and ends as a document of text does: with the tokenizer's BOS if it gives one, and the end-of-document token.
 
 A dataset is a folder of shards with Energon's index in `.nv-meta`, as `energon prepare` or `write_dataset`
 makes it, with the parts `train`, `val` and `test`.
@@ -84,13 +84,13 @@ def parse(key: str, members: Mapping[str, bytes]) -> Sample:
         content = json.loads(members["json"])["content"]
         if not isinstance(content, list):
             raise TypeError("content is no list")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SampleError(
             key, f'its .json file is no object with a list "content" ({type(error).__name__}: {error})'
         ) from error
     left = {name: data for name, data in members.items() if name != "json"}
 
-    def take(name: Any) -> bytes:
+    def take(name: str) -> bytes:
         if name not in left:
             again = "twice" if name in members else "which the shard does not have"
             raise SampleError(key, f"a piece names the file {name!r} {again}")
@@ -103,7 +103,7 @@ def parse(key: str, members: Mapping[str, bytes]) -> Sample:
                 pieces.append(Text(text))
             case {"type": "image", "file": str(name)}:
                 pieces.append(Visual((take(name),)))
-            case {"type": "video", "files": [_, *_] as names}:
+            case {"type": "video", "files": [_, *_] as names} if all(isinstance(each, str) for each in names):
                 pieces.append(Visual(tuple(take(name) for name in names), is_video=True))
             case _:
                 raise SampleError(key, f"piece {number} is not text, image or video as documented: {piece!r}")

@@ -25,8 +25,19 @@ from megatron_msa.model.vision.inputs import patchify
 _MODES = {1: "L", 3: "RGB"}
 _LONGEST_SIDE = 200  # times the shorter one, as in those processors
 
-# What Pillow raises for files that are no images, are cut short or would not fit into memory.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112
+"""EXIF tag: how the pixels must be turned to be seen upright."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LIES = (5, 6, 7, 8)
+"""Orientations that exchange height and width."""
 
 
 class ImageError(ValueError):
@@ -142,26 +153,55 @@ class ImageSettings:
 
 
 def size_of(file: bytes) -> tuple[int, int]:
-    """Height and width in pixels; reads the header only.
+    """Height and width in pixels of the upright image; reads the header only.
 
     Raises:
         ImageError: the file is no image.
     """
     with _open(file) as image:
+        if _orientation(image) in _LIES:
+            return image.width, image.height
         return image.height, image.width
 
 
 def decoded(file: bytes, mode: str = "RGB") -> Image.Image:
-    """The whole image with the channels of a Pillow mode.
+    """The whole image, upright, 8 bits a channel.
+
+    Args:
+        file: of the image.
+        mode: Pillow's name of the channels.
 
     Raises:
         ImageError: it cannot be decoded.
     """
     with _open(file) as image:
+        orientation = _orientation(image)  # the header's, as `size_of` sees it
         try:
-            return image.convert(mode)
-        except _UNREADABLE as error:
+            converted = _eight_bits(image).convert(mode)
+        except Exception as error:  # as below
             raise ImageError(f"an image is corrupt: {error}") from error
+    turn = _TURNS.get(orientation)
+    return converted if turn is None else converted.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits in 8; Pillow's own conversion cuts all values above 255 off."""
+    # Pillow reads 16 bits as "I;16", but those of a PGM file as 32.
+    if not image.mode.startswith("I;16") and (image.mode, image.format) != ("I", "PPM"):
+        return image
+    values = numpy.asarray(image).astype(numpy.float32) / 257
+    return Image.fromarray(values.round().astype(numpy.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation as the header gives it: 1 (upright) to 8; 1 where there is none."""
+    if image.format == "TIFF":  # Pillow turns them itself
+        return 1
+    try:
+        # Not `image.getexif()`: that of PNG files decodes the image to look for EXIF data behind it.
+        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
+    except Exception:  # EXIF data that cannot be read make no image unusable
+        return 1
 
 
 def _open(file: bytes) -> Image.Image:
@@ -170,5 +210,5 @@ def _open(file: bytes) -> Image.Image:
             # Above 90 million pixels Pillow warns of a bomb, and above twice that it refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(file))
-    except _UNREADABLE as error:
+    except Exception as error:  # Pillow and its libraries raise errors of any kind for what they cannot read
         raise ImageError(f"a file of {len(file)} bytes is no image that can be read: {error}") from error

@@ -30,7 +30,7 @@ from megatron_msa.data.multimodal.stream import SequenceStream, StreamSettings
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.vision.config import VisionConfig, vision_field_names
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class TrainLoader:
         micro_batch_size: sequences of a microbatch.
         place: of this process.
         identity: what the data is; a state of other data is refused.
+        seq_length: tokens of a sequence. The samples of sequences that wait in the state must fit into it.
         workers: processes that read.
         counts: where to count.
     """
@@ -80,6 +81,7 @@ class TrainLoader:
         micro_batch_size: int,
         place: Place,
         identity: list[tuple[str, int]],
+        seq_length: int,
         workers: int = 0,
         counts: DataCounts | None = None,
     ) -> None:
@@ -97,7 +99,11 @@ class TrainLoader:
             "--multimodal-weight": config.multimodal_weight,
             "--multimodal-packing-buffer": config.multimodal_packing_buffer,
             "--multimodal-shuffle-buffer": config.multimodal_shuffle_buffer,
+            # Of other sizes are other numbers of tokens, and the sequences that wait no longer fit.
+            "--multimodal-min-pixels": config.multimodal_min_pixels,
+            "--multimodal-max-pixels": config.multimodal_max_pixels,
         }
+        self._seq_length = seq_length
         self.sequences = 0
         """That this rank has read since training began."""
         self._batches: Iterator[dict[str, Any]] | None = None
@@ -123,6 +129,12 @@ class TrainLoader:
                     "place in the data means nothing here; use the same, or --multimodal-restart to read the "
                     "data from its beginning"
                 )
+        if state["seq_length"] > self._seq_length:
+            raise ConfigError(
+                f"the multimodal data of the checkpoint was packed for --seq-length {state['seq_length']}, "
+                f"and what waits in it may not fit into {self._seq_length}: use at least the same, or "
+                "--multimodal-restart to read the data from its beginning"
+            )
         if state["sequences"] != sequences:
             raise ConfigError(
                 f"the state of the multimodal data was saved after {state['sequences']} sequences of each "
@@ -148,6 +160,7 @@ class TrainLoader:
             return None
         return {
             "settings": self._settings,
+            "seq_length": self._seq_length,
             "sequences": self.sequences,
             "stream": self._stream.save_state(),
         }
@@ -235,6 +248,7 @@ class LoaderFactory:
             micro_batch_size=args.micro_batch_size,
             place=self.place,
             identity=identity,
+            seq_length=args.seq_length,
             workers=args.num_workers,
             counts=counts,
         )

@@ -16,8 +16,7 @@ import torch
 from megatron_msa.data.multimodal.counts import Counts
 from megatron_msa.data.multimodal.encode import grid_tensor
 from megatron_msa.data.multimodal.packing import TrainingSequence
-from megatron_msa.errors import ConfigError
-from megatron_msa.model.vision.inputs import placeholder_mask
+from megatron_msa.data.multimodal.visuals import refuse_placeholders
 
 
 def multimodal_before(sequences: int, share: Fraction) -> int:
@@ -44,12 +43,7 @@ class TextSource:
 
     def __getitem__(self, number: int) -> TrainingSequence:
         values = self._dataset[number * self._ranks + self._rank]
-        if placeholder_mask(values["tokens"], self._placeholder_ids).any():
-            raise ConfigError(
-                f"the text data (--data-path) holds placeholder tokens {tuple(self._placeholder_ids)} "
-                "(--vision-image-token-id, --vision-video-token-id), which stand for images; take ids "
-                "that no text becomes"
-            )
+        refuse_placeholders(values["tokens"], self._placeholder_ids)
         return TrainingSequence(values, grid_tensor(()), None, Counts(sequences=1))
 
 

@@ -23,6 +23,7 @@ from megatron.energon import (
     WorkerConfig,
     basic_sample_keys,
     edataclass,
+    get_loader,
     get_savable_loader,
     get_train_dataset,
     get_val_dataset,
@@ -33,9 +34,10 @@ from megatron.energon.wrappers import RepeatDataset
 
 from megatron_msa.data.multimodal.counts import Counts
 from megatron_msa.data.multimodal.encode import Document, Measured, SampleEncoder
+from megatron_msa.data.multimodal.format import Sample as Unencoded
 from megatron_msa.data.multimodal.format import SampleError, parse
 from megatron_msa.data.multimodal.packing import TrainingSequence, choose, join
-from megatron_msa.data.multimodal.shards import energon_refusals
+from megatron_msa.data.multimodal.shards import energon_refusals, name_shards_in_errors
 from megatron_msa.errors import ConfigError
 
 # With --multimodal-on-error skip: so many unusable samples in a row are no accident.
@@ -106,14 +108,18 @@ class BadSamples:
 
     def __init__(self, *, skip: bool) -> None:
         self._skip = skip
-        self._in_a_row = 0
+        self._in_a_row = {"measure": 0, "decode": 0}
         self._seen = 0
         self.skipped = 0
         """Since the last `take`."""
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self, step: str) -> Iterator[None]:
         """Around what may raise a `SampleError`.
+
+        Args:
+            step: "measure" or "decode". Each has a row of its own: a torn image has a good header, so that
+                samples which all fail to decode have all been measured before.
 
         Raises:
             SampleError: without skipping, or with too many in a row.
@@ -124,18 +130,18 @@ class BadSamples:
         except SampleError as error:
             if not self._skip:
                 raise
-            self._in_a_row += 1
+            self._in_a_row[step] += 1
             self._seen += 1
             self.skipped += 1
-            if self._in_a_row >= _BAD_IN_A_ROW:
+            if self._in_a_row[step] >= _BAD_IN_A_ROW:
                 raise ConfigError(
-                    f"{self._in_a_row} multimodal samples in a row cannot be used; the last: {error}"
+                    f"{self._in_a_row[step]} multimodal samples in a row cannot be used; the last: {error}"
                 ) from error
             if self._seen <= _SHOWN:
                 more = "; further ones are only counted" if self._seen == _SHOWN else ""
                 print(f"WARNING: skipped {error}{more}", file=sys.stderr, flush=True)
             raise SkipSample from error
-        self._in_a_row = 0
+        self._in_a_row[step] = 0
 
     def take(self) -> int:
         """How many were skipped since the last call."""
@@ -158,7 +164,7 @@ class _Encoder(DefaultTaskEncoder):
 
     @stateless
     def preencode_sample(self, sample: _Raw) -> _Measured:
-        with self._bad.handled():
+        with self._bad.handled("measure"):
             value = self._encoder.measure(parse(sample.__key__, sample.members))
         return _Measured.derive_from(sample, value=value)
 
@@ -174,7 +180,7 @@ class _Encoder(DefaultTaskEncoder):
 
     @stateless
     def postencode_sample(self, sample: _Measured) -> _Decoded:
-        with self._bad.handled():
+        with self._bad.handled("decode"):
             if self._pixels == "none":
                 value = self._encoder.without_pixels(sample.value)
             else:
@@ -197,6 +203,28 @@ class _Encoder(DefaultTaskEncoder):
         return _Packed.derive_from(samples[0], value=sequence)
 
 
+class _Reader(DefaultTaskEncoder):
+    decoder = None
+    cookers: ClassVar[list[Cooker]] = [Cooker(_cook)]
+
+
+def read_samples(path: str, part: str) -> Iterator[Unencoded]:
+    """The samples of one part of a dataset, each once, in its order.
+
+    Raises:
+        ConfigError: no such data or part, or a shard that cannot be read.
+        SampleError: not in the format.
+    """
+    name_shards_in_errors()
+    alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    with energon_refusals(path, part):
+        dataset = get_val_dataset(
+            path, split_part=part, worker_config=alone, batch_size=None, task_encoder=_Reader()
+        )
+    for sample in get_loader(dataset):
+        yield parse(sample.__key__, sample.members)
+
+
 class SequenceStream:
     """An endless iterator of `TrainingSequence`s of one data-parallel rank.
 
@@ -207,7 +235,8 @@ class SequenceStream:
         placeholder_ids: tokens that are never predicted.
 
     Raises:
-        ConfigError: no such data, a part or a shard is missing, or a shard is cut short.
+        ConfigError: no such data, a part or a shard is missing, or a shard is cut short; from `__next__` also
+            a shard whose content is not what its index says.
     """
 
     def __init__(
@@ -232,6 +261,7 @@ class SequenceStream:
             "packing_buffer_size": settings.packing_buffer,
             "task_encoder": _Encoder(encoder, settings, filler, placeholder_ids),
         }
+        name_shards_in_errors()
         with energon_refusals(settings.path, settings.part):
             if settings.part == "train":
                 dataset = get_train_dataset(
