@@ -76,7 +76,10 @@ class MSASelfAttention(FullSelfAttention):
     ) -> tuple[Tensor, KeyExchange | None]:
         """See `FullSelfAttention._attention`."""
         if not self.phase.has_kl:
-            return super()._attention(hidden_states, query, key, value, tables, packed_seq_params, tokens)
+            output, exchange = super()._attention(
+                hidden_states, query, key, value, tables, packed_seq_params, tokens
+            )
+            return self._run_idle_index_branch(hidden_states, output), exchange
         layout = document_layout(query, packed_seq_params, tokens)
         batch_size = None if query.dim() == 3 else query.shape[1]
         index_query, index_key = self.index_branch(hidden_states)
@@ -139,7 +142,7 @@ class MSASelfAttention(FullSelfAttention):
         are packed, [t, h, d], the keys are this rank's, and the output is [t, h, d].
         """
         if layout is None:
-            return self._touch_index_branch(super()._run_core_attention(query, key, value, *args, **kwargs))
+            return super()._run_core_attention(query, key, value, *args, **kwargs)
         assert index_query is not None
         assert index_key is not None
         if exchange is not None:
@@ -177,12 +180,16 @@ class MSASelfAttention(FullSelfAttention):
             context_parallel_size=get_pg_size(self.pg_collection.cp),
         )
 
-    def _touch_index_branch(self, output: Tensor) -> Tensor:
-        """Give the idle index branch zero gradients: Megatron's overlapped reduction waits for them all."""
+    def _run_idle_index_branch(self, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """``output`` unchanged; in training the index branch has run on a token, and gets zero gradients.
+
+        Megatron's overlapped reduction waits for the gradients of all parameters, and its overlapped
+        gathering for the forward pass of all modules.
+        """
         if not (self.training and torch.is_grad_enabled()):
             return output
-        zero = sum((parameter.sum() * 0.0 for parameter in self.index_branch.parameters()), torch.zeros(()))
-        return attach_loss(output, zero)
+        index_query, index_key = self.index_branch(hidden_states[:1])
+        return attach_loss(output, (index_query.float().sum() + index_key.float().sum()) * 0.0)
 
     @torch.no_grad()
     def _measure_quality(

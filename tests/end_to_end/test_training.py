@@ -25,3 +25,15 @@ def test_without_its_loss_the_index_branch_stays_behind(pretrain: Pretraining, t
     flags = [*FLAGS, "--msa-schedule", "index_only@0", "--msa-loss-coeff", "0", "--weight-decay", "0"]
     kl = pretrain(tmp_path, *flags).values("kl")
     assert abs(kl[30][0] - kl[1][0]) < 0.1 * kl[1][0]
+
+
+def test_overlapped_communication_waits_for_no_idle_index_branch(
+    pretrain: Pretraining, tmp_path: Path
+) -> None:
+    flags = ["--train-iters", "5", "--lr-decay-style", "constant", "--bf16", "--use-distributed-optimizer"]
+    flags += ["--msa-schedule", "dense@0,warmup@2,sparse@4"]
+    plain = pretrain(tmp_path / "plain", *flags)
+    # Buckets so small that some hold nothing but parameters of the index branch.
+    overlap = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "500"]
+    overlapped = pretrain(tmp_path / "overlapped", *flags, *overlap)
+    assert overlapped.values("lm_loss", "grad_norm") == plain.values("lm_loss", "grad_norm")
