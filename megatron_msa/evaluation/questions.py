@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_msa.evaluation.fitting import Fitted, fit
@@ -60,18 +60,16 @@ def measure(
 def _by_generation(
     model: LanguageModel, tokens: Tokens, fitted: Sequence[Fitted]
 ) -> tuple[list[float], list[list[str]]]:
-    prompts = [prompt for each in fitted for prompt in each.prompts]
-    # One call, so that the engine can batch; the room differs a little between samples, and each keeps its
-    # own.
-    new = model.generate(
-        prompts,
-        max_new_tokens=max(each.room for each in fitted),
-        stop=None if tokens.end is None else {tokens.end},
-    )
-    replies = iter(new)
+    # One call per room, so that the engine can batch: each prompt is as long as its own room lets it be, and
+    # with the room of another sample it could exceed the length.
+    replies: dict[int, Iterator[list[int]]] = {}
+    for room in sorted({each.room for each in fitted}):
+        prompts = [prompt for each in fitted if each.room == room for prompt in each.prompts]
+        stop = None if tokens.end is None else {tokens.end}
+        replies[room] = iter(model.generate(prompts, max_new_tokens=room, stop=stop))
     scores, texts = [], []
     for each in fitted:
-        said = [tokens.decode(next(replies)[: each.room]) for _ in each.prompts]
+        said = [tokens.decode(next(replies[each.room])) for _ in each.prompts]
         texts.append(said)
         scores.append(_mean(map(score_reply, each.sample.questions, said)))
     return scores, texts

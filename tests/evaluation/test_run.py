@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.evaluation import perplexity
+from megatron_msa.evaluation import perplexity, questions
 from megatron_msa.evaluation.cell_file import FILE_NAME, CellFile, merged, read
+from megatron_msa.evaluation.fitting import Fitted
 from megatron_msa.evaluation.haystack import from_texts
 from megatron_msa.evaluation.plan import Cell, Plan, evenly
 from megatron_msa.evaluation.protocol import Tokens
 from megatron_msa.evaluation.run import Settings, Subject, evaluate
+from megatron_msa.evaluation.samples import Question, Sample
 from megatron_msa.evaluation.tasks.registry import Material
 from tests.evaluation.oracles import ByteTokenizer, Oracle
 
@@ -173,6 +175,25 @@ def test_folders_of_an_array_are_collected(run, tmp_path):
         merged([*folders, tmp_path])
     with pytest.raises(ConfigError, match="no folder"):
         merged([])
+
+
+def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
+    """The room of a reply differs between samples: the prompt of one with the room of another is too long."""
+    length, rooms = 100, [10, 20, 10]
+
+    class Limited(Model):
+        def generate(self, prompts, *, max_new_tokens, stop=None):
+            if max(map(len, prompts)) + max_new_tokens > length:
+                raise ConfigError("longer than the cache")
+            return [[prompt[0]] * max_new_tokens for prompt in prompts]
+
+    fitted = [
+        Fitted(Sample("", (Question(cue="", answers=("a",), distractors=("b",)),)), [prompt], room)
+        for room, letter in zip(rooms, b"abc", strict=True)
+        for prompt in [[letter] * (length - room)]
+    ]
+    found = questions.measure(Limited(), Tokens(ByteTokenizer()), fitted, methods=["generation"])
+    assert found["replies"] == [["a" * 10], ["b" * 20], ["c" * 10]]
 
 
 @pytest.mark.parametrize(
