@@ -145,13 +145,11 @@ def model_config_from_args(args: argparse.Namespace) -> MSAModelConfig:
     Raises:
         ConfigError: a configuration that cannot be built, or a checkpoint that does not fit.
     """
-    from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
     with megatron_refusals():
         transformer = core_transformer_config_from_args(args, MSATransformerConfig)
-        config = gpt_config_from_args(args, config=transformer, model_config_cls=MSAModelConfig)
-        config.rope_scaling_factor = args.rope_scaling_factor  # which 0.19.2 forgets
-        config = config.with_vision(VisionConfig.from_args(args))
+        config = MSAModelConfig.from_args(args, transformer)
         msa_layer_specs(transformer)  # builds no module, but refuses what no layer can be made of
     if args.msa_init_index is not None:
         index_initialization.check_method(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
@@ -14,6 +15,7 @@ from megatron_msa.errors import ConfigError
 from megatron_msa.inference.command import build_parser, run
 from megatron_msa.inference.engine import InferenceEngine
 from megatron_msa.inference.loading import load, tokenizer_for
+from megatron_msa.model.from_checkpoint import model_config_from_checkpoint
 from megatron_msa.phases import Phase
 from tests.attention.tiny import initial_model, tiny_arguments, tiny_config
 from tests.inference.checks import full_logits
@@ -142,6 +144,18 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(trained, padded):
     message = f"has 258 ids, 264 when padded to a multiple of 8, but the checkpoint has {padded} embeddings"
     with pytest.raises(ConfigError, match=message):
         tokenizer_for(arguments)
+
+
+def test_the_rotary_embedding_is_scaled_as_in_training(trained):
+    """Megatron's frequencies of a model of these arguments, not those of its default factor 8."""
+    arguments = saved(trained)["args"]
+    given = {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500000}
+    scaled = argparse.Namespace(**vars(arguments) | given)
+    config = model_config_from_checkpoint(scaled)
+    assert (config.rope_scaling, config.rope_scaling_factor) == (True, 32.0)
+    found = load(trained, **given).model.rotary_pos_emb.inv_freq
+    expected = RotaryEmbedding(8, 0.5, rotary_base=500000, rope_scaling=True, rope_scaling_factor=32.0)
+    torch.testing.assert_close(found.cpu(), expected.inv_freq.cpu(), rtol=0, atol=0)
 
 
 def test_a_dense_run_of_megatrons_own_loads(trained, tmp_path):
