@@ -116,7 +116,7 @@ def open_checkpoint(
         tokens=Tokens(tokenizer),
         longest=longest,
         serving=serving,
-        selection=measure_selection if has_msa else None,
+        selection=selection.obstacle(model) or measure_selection,
     )
     settings = {
         "checkpoint_fingerprint": fingerprint(path),

@@ -31,14 +31,14 @@ class Subject:
         tokens: of the model.
         longest: tokens that the model takes.
         serving: costs at a length, for JSON.
-        selection: measures the block selection on texts; None where that is not possible.
+        selection: measures the block selection on texts, or says why that is not possible.
     """
 
     model: Callable[[str], LanguageModel]
     tokens: Tokens
     longest: int
     serving: Callable[[int], dict[str, Any]]
-    selection: Callable[[Sequence[Sequence[int]]], dict[str, Any]] | None = None
+    selection: Callable[[Sequence[Sequence[int]]], dict[str, Any]] | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def check(plan: Plan, subject: Subject, material: Material) -> None:
 
     Raises:
         ConfigError: a length over the model's limit, a task that does not fit into a length or lacks its
-            material, or a selection without MSA layers.
+            material, or a selection that cannot be measured.
     """
     longest = max(plan.lengths)
     if longest > subject.longest:
@@ -81,8 +81,8 @@ def check(plan: Plan, subject: Subject, material: Material) -> None:
         if name in TASK_NAMES:
             task = make_task(name, material)
             fit(task, subject.tokens, length=min(plan.lengths), depth=0.5, seed="check")
-    if SELECTION in plan.tasks and subject.selection is None:
-        raise ConfigError(f"--tasks has {SELECTION}, but the checkpoint has no MSA layer; leave it out")
+    if SELECTION in plan.tasks and isinstance(subject.selection, str):
+        raise ConfigError(f"--tasks has {SELECTION}, but {subject.selection}")
 
 
 def evaluate(
@@ -148,7 +148,7 @@ def _measure(
         texts = perplexity.texts(material.haystack, subject.tokens, length=cell.length, **common)
         if cell.task == PERPLEXITY:
             return perplexity.measure(model, texts)
-        assert subject.selection is not None
+        assert not isinstance(subject.selection, str)
         return subject.selection(texts)
     fitted = questions.fitted_samples(make_task(cell.task, material), subject.tokens, cell, **common)
     return questions.measure(model, subject.tokens, fitted, methods=settings.methods)

@@ -23,6 +23,19 @@ from megatron_msa.training.layer_reduction import collect
 RECALLS = ("block_recall", "score_recall")
 
 
+def obstacle(model: GPTModel) -> str | None:
+    """What keeps the selection of this model from being measured, and what to change; or None."""
+    if not any(True for _ in msa_layers(model)):
+        return "the checkpoint has no MSA layer; leave it out"
+    size = model.config.context_parallel_size
+    if size > 1:
+        return (
+            f"--context-parallel-size is {size}, and the selection is measured with 1; leave it out, or use "
+            "tensor parallelism"
+        )
+    return None
+
+
 @torch.no_grad()
 def measure(model: GPTModel, sequences: Sequence[Sequence[int]], *, rows: int) -> dict[str, Any]:
     """Run the model over texts with its sparse attention and measure every MSA layer.
@@ -38,18 +51,11 @@ def measure(model: GPTModel, sequences: Sequence[Sequence[int]], *, rows: int) -
         than k blocks.
 
     Raises:
-        ConfigError: the model has no MSA layer, or its tokens are spread over context-parallel ranks.
+        ConfigError: see `obstacle`.
     """
+    if (reason := obstacle(model)) is not None:
+        raise ConfigError(f"the selection cannot be measured: {reason}")
     config = model.config
-    if not any(True for _ in msa_layers(model)):
-        raise ConfigError(
-            "the checkpoint has no MSA layer, so there is no selection to measure: leave it out"
-        )
-    if config.context_parallel_size > 1:
-        raise ConfigError(
-            f"--context-parallel-size is {config.context_parallel_size}; the selection is measured with 1, "
-            "use tensor parallelism"
-        )
     device = next(model.parameters()).device
     with _measuring(model, rows):
         for sequence in sequences:

@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
 from megatron_msa.data.byte_tokenizer import BYTE_VOCAB_SIZE, write_byte_tokenizer
+from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation import command, selection
 from megatron_msa.evaluation.checkpoint_subject import fingerprint
 from megatron_msa.phases import Phase
@@ -195,6 +196,23 @@ def test_the_selections_recall_is_that_of_brute_force(process_groups, monkeypatc
     assert all(layer.phase is Phase.WARMUP and not layer.sample_quality for layer in msa_layers(model))
     assert model.training
     assert model.post_process
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"msa_layer_freq": "[0,0]"}, "the checkpoint has no MSA layer; leave it out"),
+        ({"context_parallel_size": 2}, "--context-parallel-size is 2, and the selection is measured with 1"),
+    ],
+)
+def test_a_model_whose_selection_cannot_be_measured_says_why(changes, message, process_groups, monkeypatch):
+    seed(1)
+    model = tiny_model(tiny_config(msa_layer_freq=changes.get("msa_layer_freq", 1)))
+    monkeypatch.setattr(model.config, "context_parallel_size", changes.get("context_parallel_size", 1))
+    assert selection.obstacle(tiny_model()) is None
+    assert message in selection.obstacle(model)
+    with pytest.raises(ConfigError, match=message):
+        selection.measure(model, [[1, 2]], rows=5)
 
 
 def test_a_text_of_no_more_blocks_than_are_chosen_says_nothing(process_groups):

@@ -56,13 +56,13 @@ class Model(Oracle):
         return super().log_probabilities(sequences, start=start)
 
 
-def subject_of(model: Model, longest: int = 500) -> Subject:
+def subject_of(model: Model, longest: int = 500, **others) -> Subject:
     return Subject(
         model=lambda attention: model,
         tokens=Tokens(ByteTokenizer()),
         longest=longest,
         serving=lambda length: {"length": length},
-        selection=lambda texts: {"texts": [len(text) for text in texts]},
+        **{"selection": lambda texts: {"texts": [len(text) for text in texts]}} | others,
     )
 
 
@@ -199,6 +199,7 @@ def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"selection": "there are no layers"}, "--tasks has selection, but there are no layers"),
         ({"longest": 499}, r"--lengths has 500, but the model takes 499 tokens.*--position-limit"),
         ({"plan": Plan(attention=["msa"], tasks=["needle"], lengths=[30], depths=[1])}, "without any filler"),
         (
@@ -216,10 +217,11 @@ def test_what_cannot_be_measured_is_refused(changes, message, run):
         run(**changes)
 
 
-def test_refusals_come_before_any_work(run, tmp_path):
+@pytest.mark.parametrize("changes", [{"longest": 499}, {"selection": "there are no layers"}])
+def test_refusals_come_before_any_work(changes, run, tmp_path):
     model = Model()
-    with pytest.raises(ConfigError, match="takes 499 tokens"):
-        run(model, longest=499)
+    with pytest.raises(ConfigError):
+        run(model, **changes)
     assert model.asked == 0
     assert not (tmp_path / "run").exists()
 

@@ -108,6 +108,13 @@ def test_each_length_is_a_job_and_one_collects_them(submit: Submit, tmp_path: Pa
     assert collect.endswith(f"collect --output {results} {results}/length_1024 {results}/length_4096")
 
 
+@pytest.mark.parametrize(("context_parallel", "asks"), [("1", True), ("2", False)])
+def test_the_selection_is_measured_where_it_can_be(context_parallel: str, asks: bool, submit: Submit) -> None:
+    _, calls = submit(CONTEXT_PARALLEL=context_parallel)
+    runs = [call.split() for call in calls if " run --load" in call]
+    assert [("selection" in run, "serving" in run) for run in runs] == [(asks, True)] * 2
+
+
 def test_nothing_is_collected_where_a_length_failed(submit: Submit) -> None:
     done, calls = submit(FAILING="1024")
     assert done.returncode == 0, done.stderr
