@@ -1,6 +1,7 @@
 """From a checkpoint on disk to text."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
 from megatron_msa.data.byte_tokenizer import BYTE_EOD, BYTE_VOCAB_SIZE, write_byte_tokenizer
+from megatron_msa.data.metadata import tokenizer_fingerprint
 from megatron_msa.errors import ConfigError
 from megatron_msa.inference.command import build_parser, run
 from megatron_msa.inference.engine import InferenceEngine
@@ -138,12 +140,30 @@ def test_folders_without_a_usable_checkpoint(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("padded", [272, 256])
-def test_another_tokenizer_than_the_checkpoints_is_refused(trained, padded):
-    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": padded})
-    message = f"has 258 ids, 264 when padded to a multiple of 8, but the checkpoint has {padded} embeddings"
-    with pytest.raises(ConfigError, match=message):
+def test_a_tokenizer_of_more_ids_than_embeddings_is_refused(trained):
+    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": 256})
+    with pytest.raises(ConfigError, match="has 258 ids, but the checkpoint has 256 embeddings"):
         tokenizer_for(arguments)
+
+
+def test_an_embedding_that_was_padded_further_is_none_of_the_tokenizers_business(trained):
+    """As a conversion from Hugging Face pads it, from the rows that were there."""
+    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": 384})
+    assert tokenizer_for(arguments).vocab_size == BYTE_VOCAB_SIZE
+
+
+def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused(trained, tmp_path):
+    arguments = saved(trained)["args"]
+    known = tokenizer_fingerprint(tokenizer_for(arguments))
+    arguments = argparse.Namespace(**vars(arguments) | {"tokenizer_fingerprint": known})
+    assert tokenizer_for(arguments).vocab_size == BYTE_VOCAB_SIZE
+    permuted = write_byte_tokenizer(tmp_path / "permuted")
+    described = json.loads((permuted / "tokenizer.json").read_text())
+    ids = described["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    (permuted / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"permuted \(258 ids, end of document 256\) is another one"):
+        tokenizer_for(arguments, tokenizer_model=str(permuted))
 
 
 def test_the_rotary_embedding_is_scaled_as_in_training(trained):
