@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_msa.evaluation.fitting import Fitted, fit
+from megatron_msa.evaluation.fitting import Fitted, check_filler, check_fits, fit
 from megatron_msa.evaluation.plan import Cell
 from megatron_msa.evaluation.protocol import LanguageModel, Tokens
 from megatron_msa.evaluation.samples import Question
@@ -15,14 +15,29 @@ from megatron_msa.evaluation.tasks.base import Task
 
 def fitted_samples(task: Task, tokens: Tokens, cell: Cell, *, samples: int, seed: int) -> list[Fitted]:
     """The samples of a cell; the same for every attention mode, so that both are asked the same."""
+    return [fit(task, tokens, **each) for each in _places(cell, samples, seed)]
+
+
+def check_samples(task: Task, tokens: Tokens, cell: Cell, *, samples: int, seed: int) -> None:
+    """Refuse a cell before any work if one of its samples does not fit, or the task has too little filler.
+
+    Raises:
+        DoesNotFit: says what the task takes.
+    """
+    places = _places(cell, samples, seed)
+    for each in places:
+        check_fits(task, tokens, **each)
+    check_filler(task, tokens, **places[0])
+
+
+def _places(cell: Cell, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Length, depth and seed of each sample of a cell."""
     return [
-        fit(
-            task,
-            tokens,
-            length=cell.length,
-            depth=0.5 if cell.depth is None else cell.depth,
-            seed=f"{seed}/{cell.task}/{cell.length}/{cell.depth}/{number}",
-        )
+        {
+            "length": cell.length,
+            "depth": 0.5 if cell.depth is None else cell.depth,
+            "seed": f"{seed}/{cell.task}/{cell.length}/{cell.depth}/{number}",
+        }
         for number in range(samples)
     ]
 

@@ -93,6 +93,12 @@ def markdown(header: dict[str, Any], results: Results) -> str:
     serving = {cell.length: result for cell, result in results.items() if cell.task == SERVING}
     if serving:
         parts.append(_serving([serving[length] for length in sorted(serving)]))
+    skipped = {
+        (cell.task, cell.length): each["skipped"] for cell, each in results.items() if "skipped" in each
+    }
+    if skipped:
+        lines = [f"- {task} at {length:,}: {reason}" for (task, length), reason in sorted(skipped.items())]
+        parts.append("## Left out\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

@@ -88,8 +88,8 @@ def tokenizer_for(
         tokenizer_type, tokenizer_model: in place of those in ``args``.
 
     Raises:
-        ConfigError: it cannot be built, has more ids than the checkpoint has embeddings, or is not the one that
-            the checkpoint was trained with.
+        ConfigError: it cannot be built, has more ids than the checkpoint has embeddings, or is not the one
+            of its training.
     """
     config = tokenizer_config_from_args(args)
     if tokenizer_type is not None:

@@ -61,6 +61,22 @@ def test_the_table_has_means_over_samples_and_depths_by_length():
     assert "Guessing" not in text
 
 
+def test_what_was_left_out_is_said_once_with_its_reason(tmp_path):
+    skipped = {
+        Cell(attention, task, 1024): {"skipped": f"{task} does not fit"}
+        for attention in ("msa", "dense")
+        for task in ("common_words", "perplexity", "selection")
+    }
+    text = report.markdown(HEADER, RESULTS | skipped)
+    assert text.endswith(
+        "## Left out\n\n- common_words at 1,024: common_words does not fit\n"
+        "- perplexity at 1,024: perplexity does not fit\n- selection at 1,024: selection does not fit\n"
+    )
+    assert "| common words |" not in text
+    assert plots.draw_all(tmp_path, skipped, title="run", methods=["generation"]) == []
+    assert "Left out" not in report.markdown(HEADER, RESULTS)
+
+
 def test_the_json_has_every_cell_with_settings_and_versions(tmp_path):
     report.write(tmp_path, HEADER, RESULTS)
     found = json.loads((tmp_path / "results.json").read_text())

@@ -1,6 +1,7 @@
 """A job works through its cells, and goes on after an interruption without losing or repeating one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_msa.evaluation.plan import Cell, Plan, evenly
 from megatron_msa.evaluation.protocol import Tokens
 from megatron_msa.evaluation.run import Settings, Subject, evaluate
 from megatron_msa.evaluation.samples import Question, Sample
+from megatron_msa.evaluation.tasks.question_answering import Item, read_items
 from megatron_msa.evaluation.tasks.registry import Material
 from tests.evaluation.oracles import ByteTokenizer, Oracle
 
@@ -66,12 +68,23 @@ def subject_of(model: Model, longest: int = 500, **others) -> Subject:
     )
 
 
+def plan_of(*tasks_and_lengths: str | int, attention: str = "msa") -> Plan:
+    tasks = [each for each in tasks_and_lengths if isinstance(each, str)]
+    lengths = [each for each in tasks_and_lengths if isinstance(each, int)]
+    return Plan(attention=[attention], tasks=tasks, lengths=lengths, depths=[1.0])
+
+
 @pytest.fixture
 def run(haystack, tmp_path):
     def run(
         model: Model | None = None, *, folder: str = "run", plan: Plan = PLAN, settings=SETTINGS, **changes
     ):
-        material = Material(haystack=changes.pop("haystack", haystack), style="completion", distractors=2)
+        material = Material(
+            haystack=changes.pop("haystack", haystack),
+            style="completion",
+            distractors=2,
+            items=changes.pop("items", None),
+        )
         header = HEADER | {"settings": HEADER["settings"] | changes.pop("header", {})}
         subject = subject_of(model or Model(), **changes)
         evaluate(plan, subject, material, settings, tmp_path / folder, header, show_progress=False)
@@ -201,13 +214,12 @@ def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
     [
         ({"selection": "there are no layers"}, "--tasks has selection, but there are no layers"),
         ({"longest": 499}, r"--lengths has 500, but the model takes 499 tokens.*--position-limit"),
-        ({"plan": Plan(attention=["msa"], tasks=["needle"], lengths=[30], depths=[1])}, "without any filler"),
+        ({"plan": plan_of("needle", 30)}, "without any filler"),
+        ({"plan": plan_of("question_answering", 90)}, "--qa-file"),
+        ({"plan": plan_of("perplexity", 1)}, "perplexity takes 2 tokens, .* but the length is 1: use longer"),
+        ({"plan": plan_of("selection", 300, attention="dense")}, "leave nothing to measure"),
         (
-            {"plan": Plan(attention=["msa"], tasks=["question_answering"], lengths=[90], depths=[1])},
-            "--qa-file",
-        ),
-        (
-            {"haystack": from_texts(["little"], "short")},
+            {"haystack": from_texts(["little"], "short"), "plan": plan_of("perplexity", 300)},
             r"short has 7 tokens, and perplexity is asked for at 300",
         ),
     ],
@@ -215,6 +227,53 @@ def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
 def test_what_cannot_be_measured_is_refused(changes, message, run):
     with pytest.raises(ConfigError, match=message):
         run(**changes)
+
+
+def test_what_does_not_fit_is_left_out_with_a_note_and_the_rest_is_measured(run, capsys):
+    plan = Plan(
+        attention=["dense", "msa"],
+        tasks=["common_words", "needle", "perplexity", "selection"],
+        lengths=[1, 300],
+        depths=[0.0, 1.0],
+    )
+    little = from_texts(["one line", "another line"], "short")
+    found = run(plan=plan, haystack=little).results
+    assert list(found) == plan.cells()
+    reasons = {(cell.task, cell.length): each.get("skipped", "") for cell, each in found.items()}
+    assert "common_words takes" in reasons["common_words", 300]
+    assert "needle takes" in reasons["needle", 1]
+    assert "perplexity takes 2 tokens" in reasons["perplexity", 1]
+    for task in ("perplexity", "selection"):
+        assert "short has 22 tokens" in reasons[task, 300]
+    assert reasons["needle", 300] == reasons["selection", 1] == ""
+    assert found[Cell("dense", "needle", 300, 1.0)]["scores"]["generation"] == [1.0, 1.0]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len([reason for reason in reasons.values() if reason])
+    assert all(line.startswith("left out: ") for line in printed)
+    resumed = Model()
+    assert run(resumed, plan=plan, haystack=little).results == found
+    assert resumed.asked == 0
+
+
+def test_a_length_that_only_some_samples_fit_into_is_left_out_before_any_work(run):
+    """The longest question of three decides."""
+    question = {"question": "what?", "answers": ("a",)}
+    items = tuple(
+        Item(context=letter * size, **question) for letter, size in (("x", 10), ("y", 10), ("z", 90))
+    )
+    model = Model()
+    settings = Settings(samples=20, seed=1, methods=["generation"])
+    with pytest.raises(ConfigError, match=r"question_answering takes 1\d\d tokens without any filler"):
+        run(model, plan=plan_of("question_answering", 100), items=items, settings=settings)
+    assert model.asked == 0
+
+
+def test_prompts_that_would_be_far_shorter_than_their_length_are_left_out(run, qa_file):
+    plan = plan_of("question_answering", "needle", 900)
+    found = run(plan=plan, longest=900, items=read_items(qa_file)).results
+    assert "scores" in found[Cell("msa", "needle", 900, 1.0)]
+    reason = found[Cell("msa", "question_answering", 900)]["skipped"]
+    assert re.search(r"has filler for \d\d\d tokens, but the length is 900: give it more", reason)
 
 
 @pytest.mark.parametrize("changes", [{"longest": 499}, {"selection": "there are no layers"}])

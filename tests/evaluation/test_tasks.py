@@ -66,13 +66,17 @@ def test_part_of_the_answers_is_part_of_the_score(material):
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_prompt_and_reply_fill_the_length_and_never_exceed_it(name, style, tokenizer, material):
     task, tokens = make_task(name, material(style)), Tokens(tokenizer)
-    shortest = fit(task, tokens, length=10**6, depth=0.5, seed="s") if task.most_units else None
+    longest = fit(task, tokens, length=10**6, depth=0.3, seed="seed") if task.most_units else None
     for length in (LONG_ENOUGH.get(name, 1501), LONG_ENOUGH.get(name, 1501) + 1, 9001):
         fitted = fit(task, tokens, length=length, depth=0.3, seed="seed")
         assert fitted.tokens == max(map(len, fitted.prompts)) + fitted.room <= length
         assert [tokens.encode(prompt) for prompt in fitted.sample.prompts()] == fitted.prompts
-        if shortest is None or length < shortest.tokens:
+        if longest is not None and length > longest.tokens + 100:
+            assert fitted.ran_out
+            assert fitted.tokens == longest.tokens
+        else:
             # A line, a word or a paragraph more would be too much, or the rest is below 1/256.
+            assert not fitted.ran_out
             assert length - fitted.tokens <= max(length // 256, 100)
 
 
