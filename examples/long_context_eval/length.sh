@@ -18,4 +18,4 @@ read -ra launch <<< "${LAUNCH:-${PYTHON:-python}}"
 exec "${launch[@]}" "$ROOT/tools/eval_long_context.py" run \
     --load "${CHECKPOINT:?folder of the checkpoints}" --output "${OUTPUT:?folder for the results}/length_$length" \
     --lengths "$length" --tensor-model-parallel-size "${TENSOR_PARALLEL:-1}" \
-    --context-parallel-size "${CONTEXT_PARALLEL:-1}" "${EVALUATION[@]}" "${@:2}"
+    --context-parallel-size "${CONTEXT_PARALLEL:-1}" --expert-model-parallel-size "${EXPERT_PARALLEL:-1}" "${EVALUATION[@]}" "${@:2}"

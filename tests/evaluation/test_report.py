@@ -1,13 +1,15 @@
 """Tables and pictures say what the cells say."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.evaluation import plots, report, wandb_upload
+from megatron_msa.evaluation import command, plots, report, wandb_upload
 from megatron_msa.evaluation.plan import Cell
 
 HEADER = {
@@ -135,7 +137,7 @@ def test_a_selection_without_dropped_blocks_is_drawn_as_such(tmp_path):
     assert "Selection" not in report.markdown(HEADER, {Cell("msa", "selection", 64): nothing})
 
 
-def test_uploads_have_one_number_per_task_mode_and_length(monkeypatch, tmp_path):
+def test_uploads_have_one_number_per_task_mode_and_length():
     assert wandb_upload.scalars(RESULTS, ["generation"]) == {
         "generation/needle/msa/1024": 0.75,
         "generation/needle/msa/131072": 0.0,
@@ -144,6 +146,68 @@ def test_uploads_have_one_number_per_task_mode_and_length(monkeypatch, tmp_path)
         "block_recall/selection/msa/1024": 0.7,
         "score_recall/selection/msa/1024": 0.9,
     }
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+
+
+class Wandb:
+    """The part of the package that is used; the run refuses like a server if it is told to."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refusal: str | None = None) -> None:
+        self.refusal = refusal
+        self.errors = SimpleNamespace(Error=self.Error)
+        self.logged: list[tuple[dict, int]] = []
+        self.begun: dict = {}
+
+    def init(self, **options):
+        self.begun = options
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def Image(self, path):
+        return path
+
+    def log(self, values, *, step):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.logged.append((values, step))
+
+
+def upload(files=()):
+    wandb_upload.upload(RESULTS, files, HEADER, project="p", name="n", methods=["generation"])
+
+
+def test_an_upload_is_one_run_with_numbers_pictures_and_settings(monkeypatch, tmp_path):
+    package = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    upload([tmp_path / "needle_generation.png"])
+    ((values, step),) = package.logged
+    assert step == HEADER["checkpoint"]["iteration"]
+    picture = {"needle_generation": str(tmp_path / "needle_generation.png")}
+    assert values == wandb_upload.scalars(RESULTS, ["generation"]) | picture
+    assert (package.begun["project"], package.begun["name"]) == ("p", "n")
+    assert package.begun["config"] == HEADER
+
+
+def test_an_upload_that_fails_says_that_the_results_are_written(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("api_key not configured\n(no-tty)"))
+    with pytest.raises(ConfigError, match=r"--wandb-project p: .*\(api_key not configured \(no-tty\)\)"):
+        upload()
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        wandb_upload.upload(RESULTS, [], HEADER, project="p", name="n", methods=[])
+        upload()
+
+
+def test_a_missing_package_is_noticed_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    folders = ["--load", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
+    assert command.main(None, ["run", *folders, "--lengths", "8", "--wandb-project", "p"]) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    assert command.main(None, ["collect", "x", "--output", str(tmp_path), "--wandb-project", "p"]) == 2
+    assert "pip install wandb" in capsys.readouterr().err

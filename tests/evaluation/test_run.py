@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.evaluation import perplexity, questions
+from megatron_msa.evaluation import command, perplexity, questions, report
 from megatron_msa.evaluation.cell_file import FILE_NAME, CellFile, merged, read
 from megatron_msa.evaluation.fitting import Fitted
 from megatron_msa.evaluation.haystack import from_texts
@@ -207,6 +207,30 @@ def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
     ]
     found = questions.measure(Limited(), Tokens(ByteTokenizer()), fitted, methods=["generation"])
     assert found["replies"] == [["a" * 10], ["b" * 20], ["c" * 10]]
+
+
+def test_a_collection_may_be_incomplete_and_says_so(run, tmp_path, capsys):
+    header = HEADER | {
+        "checkpoint": {"name": "run", "iteration": 7},
+        "settings": {"seed": 1, "samples": 2, "style": "completion", "haystack_name": "lines", "methods": []},
+        "versions": {"device": "CPU", "commit": "abc", "torch": "2", "triton": "3"},
+    }
+    for name in ("ended", "stopped"):
+        with CellFile(tmp_path / name, header) as file:
+            file.add(Cell("msa", "perplexity", len(name)), {"mean_loss": 1.5, "bin_ends": [5], "loss": [1.5]})
+    report.write(tmp_path / "ended", *merged([tmp_path / "ended"]))
+    folders = [str(tmp_path / name) for name in ("ended", "stopped", "waiting")]
+    collect = ["collect", "--output", str(tmp_path / "all")]
+    assert command.main(None, [*collect, *folders]) == 2
+    assert "waiting has no cells.jsonl" in capsys.readouterr().err
+    assert command.main(None, [*collect, "--incomplete", *folders]) == 0
+    note = "stopped: its job has not ended; waiting: nothing is there yet"
+    assert f"**Not complete:** {note}." in (tmp_path / "all/report.md").read_text()
+    assert json.loads((tmp_path / "all/results.json").read_text())["incomplete"] == note.split("; ")
+    assert capsys.readouterr().err.count("not complete: ") == 2
+    assert command.main(None, [*collect, "--incomplete", folders[0]]) == 0
+    assert "Not complete" not in (tmp_path / "all/report.md").read_text()
+    assert command.main(None, [*collect, "--incomplete", folders[2]]) == 2
 
 
 @pytest.mark.parametrize(
