@@ -7,12 +7,14 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_msa.attention import self_attention
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
 from megatron_msa.data.byte_tokenizer import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation import command, selection
 from megatron_msa.evaluation.checkpoint_subject import fingerprint
+from megatron_msa.inference.paged_rows import E4M3, PagedRows
 from megatron_msa.phases import Phase
 from tests.attention.conftest import process_groups
 from tests.attention.tiny import BLOCK, initial_model, set_phase, tiny_arguments, tiny_config, tiny_model
@@ -196,6 +198,31 @@ def test_the_selections_recall_is_that_of_brute_force(process_groups, monkeypatc
     assert all(layer.phase is Phase.WARMUP and not layer.sample_quality for layer in msa_layers(model))
     assert model.training
     assert model.post_process
+
+
+def test_the_selection_is_measured_with_the_index_keys_of_the_cache(process_groups, monkeypatch):
+    """Against the cache itself: what is written to its pages and read from them again."""
+    torch.manual_seed(1)
+    seed(1)
+    model = tiny_model()
+    texts = torch.randint(64, (4, 60)).tolist()
+    exact = selection.measure(model, texts, rows=1000)
+    found = selection.measure(model, texts, rows=1000, index_key_dtype=E4M3)
+    assert found != exact
+    assert selection.measure(model, texts, rows=1000) == exact, "the layers are as they were"
+
+    select = self_attention.block_select
+
+    def through_the_cache(index_query, index_key, *args, **options):
+        tokens, heads, dim = index_key.shape
+        pages = PagedRows(1, heads, tokens, dim, E4M3, index_key.device)
+        place = torch.arange(tokens, device=index_key.device)
+        pages.write(torch.zeros_like(place), place, index_key)
+        rounded = pages.read(torch.zeros(1, dtype=torch.int64), tokens, index_key.dtype)
+        return select(index_query, rounded, *args, **options)
+
+    monkeypatch.setattr(self_attention, "block_select", through_the_cache)
+    assert selection.measure(model, texts, rows=1000) == found
 
 
 @pytest.mark.parametrize(
