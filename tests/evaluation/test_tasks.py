@@ -159,6 +159,17 @@ def test_the_paragraph_with_the_answer_is_always_there(units, material):
         assert not set(question.distractors) & set(question.answers)
 
 
+def test_a_start_token_can_be_left_out_and_an_end_token_always_is():
+    tokenizer = PairTokenizer()
+    tokens, ids = Tokens(tokenizer), tokenizer.tokenize("abcd")[1:-1]
+    assert tokens.start == [tokenizer.start]
+    assert tokens.encode("abcd") == [tokenizer.start, *ids]
+    assert tokens.encode_bare("abcd") == ids
+    bytes_alone = Tokens(ByteTokenizer())
+    assert bytes_alone.start == []
+    assert bytes_alone.encode("ab") == bytes_alone.encode_bare("ab") == [97, 98]
+
+
 def test_lines_are_inserted_at_the_nearest_break():
     lines = ["aaaa\n", "bb\n", "cccccc\n"]  # breaks at 0, 5, 8, 15
     assert insert(lines, [(0.4, "X")]) == "aaaa\nX\nbb\ncccccc\n"  # 6 is nearer to 5
