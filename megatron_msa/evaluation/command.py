@@ -23,6 +23,7 @@ from megatron_msa.evaluation.run import Settings, evaluate
 from megatron_msa.evaluation.scoring import METHODS
 from megatron_msa.evaluation.tasks.question_answering import read_items
 from megatron_msa.evaluation.tasks.registry import Material
+from megatron_msa.inference.limits import check_flags
 from megatron_msa.inference.paged_rows import E4M3
 from megatron_msa.inference.processes import process_groups
 
@@ -98,7 +99,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--num-depths", type=int, default=11, help="default: %(default)s")
     add(
         "--attention",
-        type=lambda text: text.split(","),
+        type=lambda text: [mode.strip() for mode in text.split(",")],
         default=["msa"],
         help=f"modes separated by commas, of {','.join(ATTENTION_MODES)}; dense is the control. Default: msa",
     )
@@ -155,6 +156,7 @@ def run(options: argparse.Namespace) -> None:
             failed, when everything else is written.
     """
     _check_upload(options)
+    check_flags(options)
     plan = Plan(
         attention=options.attention,
         tasks=options.tasks,
@@ -219,6 +221,7 @@ def run_harness(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: the package is not installed, or it knows no such task.
     """
+    check_flags(options)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

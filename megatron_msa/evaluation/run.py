@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -166,6 +167,7 @@ def evaluate(
                     models[cell.attention] = subject.model(cell.attention)
                 started = time.perf_counter()
                 result = _measure(cell, models.get(cell.attention), subject, material, settings)
+                _check_finite(cell, result)
                 results.add(cell, result | {"seconds": round(time.perf_counter() - started, 3)})
                 bar.update()
 
@@ -185,6 +187,18 @@ def _measure(
         return subject.selection(texts)
     fitted = questions.fitted_samples(make_task(cell.task, material), subject.tokens, cell, **common)
     return questions.measure(model, subject.tokens, fitted, methods=settings.methods)
+
+
+def _check_finite(cell: Cell, result: dict[str, Any]) -> None:
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        depth = "" if cell.depth is None else f", depth {cell.depth:.0%}"
+        raise ConfigError(
+            f"the model gives NaN or infinity: {cell.task} at {cell.length:,} tokens{depth}, --attention "
+            f"{cell.attention}; look at the checkpoint's weights, or compute in another --dtype. Finished "
+            "cells are kept"
+        ) from error
 
 
 class _Results:

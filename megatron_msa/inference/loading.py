@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import build, seed
 from megatron_msa.checkpoint.inspection import find_checkpoint
+from megatron_msa.checkpoint.newest import damage
 from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args, tokenizer_fingerprint
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.from_checkpoint import model_config_from_checkpoint
@@ -58,7 +59,9 @@ def load(
         raise ConfigError(
             f"{checkpoint} is no distributed checkpoint (--ckpt-format torch_dist); save it again with that"
         )
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if (problem := damage(checkpoint)) is not None:
+        raise ConfigError(f"{checkpoint} is damaged: {problem}; restore it, or choose another --ckpt-step")
+    common = _common(checkpoint)
     args, iteration = common["args"], int(common.get("iteration") or 0)
     on_gpu = torch.cuda.is_available()
     if dtype is None:
@@ -115,6 +118,22 @@ def tokenizer_for(
             "one than the checkpoint was trained with: its size or its ids of a text differ; use that one"
         )
     return tokenizer
+
+
+def _common(checkpoint: Path) -> dict[str, Any]:
+    """What is no tensor in a checkpoint."""
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise ConfigError(
+            f"the arguments in {checkpoint} cannot be read ({type(error).__name__}); restore it, or choose "
+            "another --ckpt-step"
+        ) from error
+    if "args" not in common:
+        raise ConfigError(
+            f"{checkpoint} does not hold the arguments of its training; no model can be made of it"
+        )
+    return common
 
 
 def _for_inference(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:

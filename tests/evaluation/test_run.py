@@ -329,6 +329,36 @@ def test_a_plan_of_unknown_things_is_refused(changes, message):
         Plan(**values | changes)
 
 
+@pytest.mark.parametrize(
+    ("task", "where"),
+    [("needle", "needle at 300 tokens, depth 100%"), ("perplexity", "perplexity at 300 tokens, ")],
+)
+def test_a_model_that_gives_nan_is_named_and_what_is_finished_stays(task, where, run, tmp_path):
+    class Broken(Model):
+        def log_probabilities(self, sequences, *, start=None):
+            found = super().log_probabilities(sequences, start=start)
+            return [
+                values.fill_(torch.nan) if len(text) > 200 else values
+                for text, values in zip(sequences, found, strict=True)
+            ]
+
+    with pytest.raises(ConfigError, match=f"the model gives NaN or infinity: {where}.*--attention msa"):
+        run(Broken(), plan=plan_of(task, 100, 300))
+    assert list(read(tmp_path / "run" / FILE_NAME).results) == plan_of(task, 100).cells()
+
+
+def test_modes_may_have_spaces_between_them():
+    flags = ["run", "--load", "x", "--output", "y", "--lengths", "8", "--attention", "msa, dense"]
+    assert command.build_parser(None).parse_args(flags).attention == ["msa", "dense"]
+
+
+@pytest.mark.parametrize("flag", ["--prefill-chunk", "--max-sequences", "--position-limit"])
+def test_numbers_of_the_engine_are_refused_before_anything_is_loaded(flag, capsys):
+    flags = ["--load", "nowhere", "--output", "y", "--lengths", "8", flag, "0"]
+    assert command.main(None, ["run", *flags]) == 2
+    assert f"{flag} is 0; it must be 1 or more" in capsys.readouterr().err
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="--samples is 0"):
         Settings(samples=0, seed=1, methods=["generation"])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,8 @@ def test_the_command_prints_what_the_model_says(trained, capsys):
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "a", "--temperature", "0"], "temperature is 0.0; it must be above 0"),
+        (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens is -5; it must be 1 or more"),
+        (["--prompt", "a", "--prefill-chunk", "0", "--load", "nowhere"], "--prefill-chunk is 0; it must be"),
         (["--prompt", "a", "--max-new-tokens", "64"], "trained for positions up to 64"),
         (["--prompt", "a", "--tensor-model-parallel-size", "2"], "is 2, and there are 1 processes"),
         (["--prompt", "a", "--cache-gib", "1e-9"], "and the given limit is 0.00 GiB"),
@@ -138,6 +141,25 @@ def test_folders_without_a_usable_checkpoint(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
     with pytest.raises(ConfigError, match="is no distributed checkpoint"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.distcp", r"iter_0000007 is damaged: __0_\d.distcp has 100 bytes of .*another --ckpt-step"),
+        ("common.pt", r"the arguments in .*iter_0000007 cannot be read"),
+        (".metadata", r"iter_0000007 is damaged: .metadata cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_short_is_refused(trained, tmp_path, pattern, message):
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = tmp_path / "run" / f"iter_{ITERATION:07d}"
+    if pattern == "common.pt":
+        (checkpoint / pattern).touch()  # where older versions of Megatron keep the arguments
+    (file, *_) = sorted(checkpoint.glob(pattern))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "run")
 
 
 def test_a_tokenizer_of_more_ids_than_embeddings_is_refused(trained):
