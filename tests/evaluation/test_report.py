@@ -1,11 +1,14 @@
 """Tables and pictures say what the cells say."""
 
+import itertools
 import json
 import sys
+from operator import methodcaller
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_msa.errors import ConfigError
@@ -114,6 +117,69 @@ def test_missing_cells_are_grey_and_both_modes_side_by_side(tmp_path):
     assert both.shape[1] > 1.4 * alone.shape[1]
     grey = (0xD5 / 255, 0xD8 / 255, 0xDC / 255)
     assert share_of(grey, both) > 0.05, "dense was not measured in three of four cells"
+
+
+text_of = methodcaller("get_text")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def test_a_heatmap_has_each_score_at_its_length_and_depth_with_the_start_on_top(figures, tmp_path):
+    scores = {
+        (mode, length, depth): number / 10
+        for number, (mode, length, depth) in enumerate(
+            itertools.product(("msa", "dense"), (1024, 2048), (0.0, 0.5))
+        )
+    }
+    cells = dict(needle(*place, score) for place, score in scores.items())
+    plots.draw_heatmaps(tmp_path / "x.png", cells, title="run, iteration 7", method="generation")
+    (figure,) = figures
+    assert figure.get_suptitle() == "run, iteration 7: needle in a haystack"
+    panels = dict(zip(("msa", "dense"), figure.axes, strict=False))
+    assert panels["msa"].get_title(loc="left") == "MSA   mean 0.150"
+    assert panels["dense"].get_title(loc="left") == "dense attention, same weights   mean 0.550"
+    assert panels["msa"].get_ylabel() == "depth of the needle"
+    shared = panels["msa"].yaxis
+    rows = dict(zip(map(text_of, shared.get_ticklabels()), shared.get_ticklocs(), strict=True))
+    for mode, axes in panels.items():
+        columns = dict(zip(map(text_of, axes.get_xticklabels()), axes.get_xticks(), strict=True))
+        height = {depth: axes.transData.transform((0, row))[1] for depth, row in rows.items()}
+        assert height["0%"] > height["50%"]
+        numbers = {text.get_position(): text.get_text() for text in axes.texts}
+        for length, column in (("1K", 1024), ("2K", 2048)):
+            for depth, row in (("0%", 0.0), ("50%", 0.5)):
+                place, score = (columns[length], rows[depth]), scores[mode, column, row]
+                assert numbers[place] == f"{score:.2f}"
+                assert axes.images[0].get_array()[place[1], place[0]] == score
+
+
+def test_the_other_pictures_have_their_titles(figures, tmp_path):
+    plots.draw_all(tmp_path, RESULTS, title="run", methods=[])
+    assert [figure.get_suptitle() for figure in figures] == [
+        "run: selection against full attention",
+        "run: loss by position",
+    ]
+
+
+def test_serving_costs_are_against_dense_attention():
+    cost = {
+        "length": 2048,
+        "prefill": {"executed": 2e12, "dense": 5e12},
+        "decode": {"executed": 4e9, "dense": 5e9},
+        "bytes_read_sparse": 2**20,
+        "bytes_read_dense": 8 * 2**20,
+    }
+    bytes_per_token = {"bf16": {"key_value": 1536, "index_key": 48}}
+    result = {"cost": cost, "cache_bytes_per_token": bytes_per_token}
+    lines = report.markdown(HEADER, {Cell("msa", "serving", 2048): result}).splitlines()
+    assert "| 2,048 | 2 | 5 | 2.50x | 4 | 5 | 1.25x | 1 | 8 | 8.00x |" in lines
+    assert "| bf16 | 1,536 | 48 |" in lines
 
 
 def test_every_kind_of_cell_gets_its_picture(tmp_path):
