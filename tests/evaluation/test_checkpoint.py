@@ -1,10 +1,12 @@
 """From a checkpoint on disk to a report, with the real engine; and the selection against brute force."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from megatron.core import dist_checkpointing
 
 from megatron_msa.attention import self_attention
@@ -86,6 +88,27 @@ def test_a_checkpoint_gives_cells_tables_and_pictures(report):
     }
     assert "| needle | dense |" in (report / "report.md").read_text()
     assert all(max(cell["prompt_tokens"]) <= cell["length"] for cell in found["cells"] if "scores" in cell)
+
+
+def test_the_command_draws_the_heatmap_of_a_checkpoint(trained, tmp_path, capsys):
+    """As in the README, with little text to hide the needles in."""
+    (tmp_path / "haystack.txt").write_text("A line of text.\nAnother line.\n")
+    output = tmp_path / "report"
+    flags = ["--tasks", "needle", "common_words", "serving", "--attention", "msa, dense"]
+    assert evaluate(trained, output, *flags, "--haystack", str(tmp_path / "haystack.txt")) == 0
+    cells = [json.loads(line)["cell"] for line in (output / "cells.jsonl").read_text().splitlines()[1:]]
+    needles = {
+        (cell["attention"], cell["length"], cell["depth"]) for cell in cells if cell["task"] == "needle"
+    }
+    assert needles == set(itertools.product(("msa", "dense"), map(int, LENGTHS), (0.0, 1.0)))
+    assert imread(output / "needle_generation.png").std() > 0.01
+    text = (output / "report.md").read_text()
+    assert "| task | attention | 64 | 90 |" in text
+    assert all(f"| needle | {mode} | " in text for mode in ("msa", "dense"))
+    assert "- common_words at 64: the task common_words takes " in text
+    printed = capsys.readouterr()
+    assert f"wrote {output}/needle_generation.png" in printed.out
+    assert "left out: common_words at 90: " in printed.err
 
 
 @pytest.mark.slow
