@@ -70,8 +70,9 @@ submit() {
         --signal="B:TERM@$SAVE_SECONDS"
         --cpus-per-task="$CPUS_PER_TASK" --export=ALL
     )
+    ((GPUS_PER_NODE > 0)) && command+=(--gpus-per-node="$GPUS_PER_NODE")
     # All memory of its nodes: SLURM's default is a share for the cores that were asked for.
-    ((GPUS_PER_NODE > 0)) && command+=(--gpus-per-node="$GPUS_PER_NODE" --mem=0)
+    ((GPUS_PER_NODE > 0)) && [[ "${WHOLE_NODES:-yes}" == yes ]] && command+=(--mem=0)
     [[ -n "${ARRAY:-}" ]] && command+=(--array="$ARRAY")
     command+=("${extra[@]}" "$file" "$@")
     export MSA_ROOT="$ROOT"

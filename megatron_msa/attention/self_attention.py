@@ -13,6 +13,7 @@ selected and lost is what a single rank would select and lose.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ class MSASelfAttention(FullSelfAttention):
         self.sample_quality = False
         """Measure the selection in the next forward pass that computes the KL loss or trains nothing, then
         turn itself off."""
+        self.index_key_as_kept: Callable[[Tensor], Tensor] | None = None
+        """What a cache makes of rotated index keys, where a selection is measured for one."""
 
     def _attention(
         self,
@@ -89,6 +92,8 @@ class MSASelfAttention(FullSelfAttention):
         # Under context parallelism the index keys are on their way while the queries are rotated, keys and
         # values while the blocks are selected.
         index_key = to_packed(self._rotate(index_key, tables[1]))
+        if self.index_key_as_kept is not None:
+            index_key = self.index_key_as_kept(index_key)
         key, value = to_packed(self._rotate(key, tables[1])), to_packed(value)
         exchange = None
         if tokens is not None:

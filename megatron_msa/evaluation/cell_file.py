@@ -137,6 +137,12 @@ class CellFile:
         os.fsync(self._file)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a job has written to this folder."""
+    path = folder / FILE_NAME
+    return path.is_file() and read(path).header is not None
+
+
 def merged(folders: Iterable[Path]) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
     """The header and the cells of several jobs over one checkpoint.
 

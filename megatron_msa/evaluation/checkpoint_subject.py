@@ -106,7 +106,7 @@ def open_checkpoint(
         )
 
     def measure_selection(texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        return selection.measure(model, texts, rows=quality_rows)
+        return selection.measure(model, texts, rows=quality_rows, index_key_dtype=options.index_key_dtype)
 
     def serving(length: int) -> dict[str, Any]:
         return serving_cost.as_json(model.config, padded_vocab_size=model.vocab_size, length=length)
@@ -116,7 +116,7 @@ def open_checkpoint(
         tokens=Tokens(tokenizer),
         longest=longest,
         serving=serving,
-        selection=measure_selection if has_msa else None,
+        selection=selection.obstacle(model) or measure_selection,
     )
     settings = {
         "checkpoint_fingerprint": fingerprint(path),

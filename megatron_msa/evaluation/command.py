@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.evaluation import cell_file, plots, report, versions
+from megatron_msa.evaluation import cell_file, plots, report, versions, wandb_upload
 from megatron_msa.evaluation.checkpoint_subject import Checkpoint, EngineOptions, open_checkpoint
 from megatron_msa.evaluation.haystack import read_haystack
 from megatron_msa.evaluation.plan import ATTENTION_MODES, MEASUREMENTS, Plan, evenly
@@ -23,7 +23,7 @@ from megatron_msa.evaluation.run import Settings, evaluate
 from megatron_msa.evaluation.scoring import METHODS
 from megatron_msa.evaluation.tasks.question_answering import read_items
 from megatron_msa.evaluation.tasks.registry import Material
-from megatron_msa.evaluation.wandb_upload import upload
+from megatron_msa.inference.limits import check_flags
 from megatron_msa.inference.paged_rows import E4M3
 from megatron_msa.inference.processes import process_groups
 
@@ -46,6 +46,11 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         "collect", help="one report from the folders of several jobs over one checkpoint", allow_abbrev=False
     )
     collect.add_argument("folders", nargs="+", type=Path, help="--output of each job")
+    collect.add_argument(
+        "--incomplete",
+        action="store_true",
+        help="report what is there if a job has not begun or not ended; the report says so",
+    )
     harness = commands.add_parser(
         "harness", help="tasks of EleutherAI's lm-evaluation-harness (package lm-eval)", allow_abbrev=False
     )
@@ -94,7 +99,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--num-depths", type=int, default=11, help="default: %(default)s")
     add(
         "--attention",
-        type=lambda text: text.split(","),
+        type=lambda text: [mode.strip() for mode in text.split(",")],
         default=["msa"],
         help=f"modes separated by commas, of {','.join(ATTENTION_MODES)}; dense is the control. Default: msa",
     )
@@ -147,8 +152,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, then report.
 
     Raises:
-        ConfigError: options that do not fit each other, the checkpoint, or an earlier job's.
+        ConfigError: options that do not fit each other, the checkpoint, or an earlier job's; an upload that
+            failed, when everything else is written.
     """
+    _check_upload(options)
+    check_flags(options)
     plan = Plan(
         attention=options.attention,
         tasks=options.tasks,
@@ -191,10 +199,20 @@ def run_collect(options: argparse.Namespace) -> None:
     """One report of several folders.
 
     Raises:
-        ConfigError: folders that do not belong together.
+        ConfigError: folders that do not belong together; an upload that failed, when the report is written.
     """
+    _check_upload(options)
+    folders, incomplete = options.folders, []
+    if options.incomplete:
+        folders = [folder for folder in folders if cell_file.has_begun(folder)]
+        for folder in options.folders:
+            if not report.is_written(folder):
+                reason = "its job has not ended" if folder in folders else "nothing is there yet"
+                incomplete.append(f"{folder.name}: {reason}")
+                print(f"not complete: {incomplete[-1]}", file=sys.stderr)
+    header, results = cell_file.merged(folders)
     options.output.mkdir(parents=True, exist_ok=True)
-    _report(options, *cell_file.merged(options.folders))
+    _report(options, header | {"incomplete": incomplete}, results)
 
 
 def run_harness(options: argparse.Namespace) -> None:
@@ -203,6 +221,7 @@ def run_harness(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: the package is not installed, or it knows no such task.
     """
+    check_flags(options)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -277,7 +296,7 @@ def _report(options: argparse.Namespace, header: dict[str, Any], results: report
     for file in (options.output / "results.json", options.output / "report.md", *files):
         print(f"wrote {file}")
     if options.wandb_project is not None:
-        upload(
+        wandb_upload.upload(
             results,
             files,
             header,
@@ -285,6 +304,11 @@ def _report(options: argparse.Namespace, header: dict[str, Any], results: report
             name=options.wandb_name or title,
             methods=methods,
         )
+
+
+def _check_upload(options: argparse.Namespace) -> None:
+    if options.wandb_project is not None:
+        wandb_upload.check_installed()
 
 
 def _hash(path: Path) -> str:

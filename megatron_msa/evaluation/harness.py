@@ -27,7 +27,8 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: asked.
-        tokens: of the model; its end token stands before texts that nothing else precedes.
+        tokens: of the model; its start token, or else its end token, stands before texts that nothing else
+            precedes.
         longest: tokens that the model takes. Longer contexts lose their beginning, as with the harness's own
             models.
 
@@ -50,9 +51,16 @@ class HarnessModel(TemplateLM):
         assert self._tokens.end is not None
         return self._tokens.end
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What texts begin with in training: the start token, or behind the end of another text."""
+        return self._tokens.start[0] if self._tokens.start else self.eot_token_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; see `TemplateLM.tok_encode`."""
-        return self._tokens.encode(string)
+        return (
+            self._tokens.encode_bare(string) if add_special_tokens is False else self._tokens.encode(string)
+        )
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -86,7 +94,7 @@ class HarnessModel(TemplateLM):
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self._tokens.encode(text),
+                token_list=self._tokens.encode_bare(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self._longest - 1,
                 context_len=1,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_msa.errors import ConfigError
+from megatron_msa.evaluation.fitting import DoesNotFit
 from megatron_msa.evaluation.haystack import Haystack
 from megatron_msa.evaluation.protocol import LanguageModel, Tokens
 
@@ -18,7 +18,7 @@ def texts(haystack: Haystack, tokens: Tokens, *, length: int, samples: int, seed
     """Stretches of the haystack of exactly ``length`` tokens from random places.
 
     Raises:
-        ConfigError: the whole haystack is shorter; repeated text would measure copying.
+        DoesNotFit: the whole haystack is shorter; repeated text would measure copying.
     """
     found = []
     for number in range(samples):
@@ -31,7 +31,7 @@ def texts(haystack: Haystack, tokens: Tokens, *, length: int, samples: int, seed
                 found.append(ids[:length])
                 break
             if lines == len(haystack.lines):
-                raise ConfigError(
+                raise DoesNotFit(
                     f"the haystack {haystack.name} has {len(ids):,} tokens, and perplexity is asked for at "
                     f"{length:,}: give more text with --haystack, or shorter --lengths"
                 )

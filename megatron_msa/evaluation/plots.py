@@ -27,6 +27,7 @@ _MOST_NUMBERS = 150
 
 def draw_all(folder: Path, results: Results, *, title: str, methods: Sequence[str]) -> list[Path]:
     """Draw what there are cells for; returns the files."""
+    results = {cell: result for cell, result in results.items() if "skipped" not in result}
     files = []
     for method in methods:
         if any(

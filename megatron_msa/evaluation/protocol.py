@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -52,9 +53,19 @@ class Tokens:
         self.vocab_size = int(tokenizer.vocab_size)
         self.end: int | None = None if tokenizer.eod is None else int(tokenizer.eod)
 
+    @cached_property
+    def start(self) -> list[int]:
+        """What stands before every text: a start token, or nothing."""
+        return self.encode("")
+
     def encode(self, text: str) -> list[int]:
         ids = [int(token) for token in self._tokenizer.tokenize(text)]
         return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def encode_bare(self, text: str) -> list[int]:
+        """The ids of the text alone, without the start token."""
+        ids, length = self.encode(text), len(self.start)
+        return ids[length:] if ids[:length] == self.start else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.detokenize([token for token in ids if token != self.end])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_msa.evaluation.fitting import Fitted, fit
+from megatron_msa.evaluation.fitting import Fitted, check_filler, check_fits, fit
 from megatron_msa.evaluation.plan import Cell
 from megatron_msa.evaluation.protocol import LanguageModel, Tokens
 from megatron_msa.evaluation.samples import Question
@@ -15,14 +15,29 @@ from megatron_msa.evaluation.tasks.base import Task
 
 def fitted_samples(task: Task, tokens: Tokens, cell: Cell, *, samples: int, seed: int) -> list[Fitted]:
     """The samples of a cell; the same for every attention mode, so that both are asked the same."""
+    return [fit(task, tokens, **each) for each in _places(cell, samples, seed)]
+
+
+def check_samples(task: Task, tokens: Tokens, cell: Cell, *, samples: int, seed: int) -> None:
+    """Refuse a cell before any work if one of its samples does not fit, or the task has too little filler.
+
+    Raises:
+        DoesNotFit: says what the task takes.
+    """
+    places = _places(cell, samples, seed)
+    for each in places:
+        check_fits(task, tokens, **each)
+    check_filler(task, tokens, **places[0])
+
+
+def _places(cell: Cell, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Length, depth and seed of each sample of a cell."""
     return [
-        fit(
-            task,
-            tokens,
-            length=cell.length,
-            depth=0.5 if cell.depth is None else cell.depth,
-            seed=f"{seed}/{cell.task}/{cell.length}/{cell.depth}/{number}",
-        )
+        {
+            "length": cell.length,
+            "depth": 0.5 if cell.depth is None else cell.depth,
+            "seed": f"{seed}/{cell.task}/{cell.length}/{cell.depth}/{number}",
+        }
         for number in range(samples)
     ]
 
@@ -60,18 +75,16 @@ def measure(
 def _by_generation(
     model: LanguageModel, tokens: Tokens, fitted: Sequence[Fitted]
 ) -> tuple[list[float], list[list[str]]]:
-    prompts = [prompt for each in fitted for prompt in each.prompts]
-    # One call, so that the engine can batch; the room differs a little between samples, and each keeps its
-    # own.
-    new = model.generate(
-        prompts,
-        max_new_tokens=max(each.room for each in fitted),
-        stop=None if tokens.end is None else {tokens.end},
-    )
-    replies = iter(new)
+    # One call per room, so that the engine can batch: each prompt is as long as its own room lets it be, and
+    # with the room of another sample it could exceed the length.
+    replies: dict[int, Iterator[list[int]]] = {}
+    for room in sorted({each.room for each in fitted}):
+        prompts = [prompt for each in fitted if each.room == room for prompt in each.prompts]
+        stop = None if tokens.end is None else {tokens.end}
+        replies[room] = iter(model.generate(prompts, max_new_tokens=room, stop=stop))
     scores, texts = [], []
     for each in fitted:
-        said = [tokens.decode(next(replies)[: each.room]) for _ in each.prompts]
+        said = [tokens.decode(next(replies[each.room])) for _ in each.prompts]
         texts.append(said)
         scores.append(_mean(map(score_reply, each.sample.questions, said)))
     return scores, texts

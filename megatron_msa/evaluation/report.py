@@ -17,6 +17,8 @@ from megatron_msa.evaluation.tasks.registry import TASK_NAMES
 
 Results = dict[Cell, dict[str, Any]]
 
+_RESULTS = "results.json"
+
 
 def mean_score(result: dict[str, Any], method: str) -> float | None:
     """Of a cell's samples; None if it was not scored that way."""
@@ -39,6 +41,11 @@ def by_length(
     }
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a job has got as far as its report."""
+    return (folder / _RESULTS).is_file()
+
+
 def write(folder: Path, header: dict[str, Any], results: Results) -> None:
     """Write results.json and report.md, each whole or not at all."""
     cells = [
@@ -47,7 +54,7 @@ def write(folder: Path, header: dict[str, Any], results: Results) -> None:
             results, key=lambda cell: (cell.attention, cell.task, cell.length, cell.depth or 0)
         )
     ]
-    _replace(folder / "results.json", json.dumps({**header, "cells": cells}, indent=1) + "\n")
+    _replace(folder / _RESULTS, json.dumps({**header, "cells": cells}, indent=1) + "\n")
     _replace(folder / "report.md", markdown(header, results))
 
 
@@ -59,13 +66,15 @@ def _with_means(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(header: dict[str, Any], results: Results) -> str:
-    """The report as text."""
+    """The report as text; header["incomplete"] says which jobs are not whole in it."""
     settings, checkpoint = header["settings"], header["checkpoint"]
     parts = [f"# Long-context evaluation of {checkpoint['name']}, iteration {checkpoint['iteration']:,}"]
     parts.append(
         f"{settings['samples']} samples per cell, seed {settings['seed']}, {settings['style']} prompts, "
         f"haystack: {settings['haystack_name']}. {_provenance(header['versions'])}"
     )
+    if header.get("incomplete"):
+        parts.append(f"**Not complete:** {'; '.join(header['incomplete'])}.")
     for method in settings["methods"]:
         rows = by_length(results, partial(mean_score, method=method))
         if rows:
@@ -93,6 +102,12 @@ def markdown(header: dict[str, Any], results: Results) -> str:
     serving = {cell.length: result for cell, result in results.items() if cell.task == SERVING}
     if serving:
         parts.append(_serving([serving[length] for length in sorted(serving)]))
+    skipped = {
+        (cell.task, cell.length): each["skipped"] for cell, each in results.items() if "skipped" in each
+    }
+    if skipped:
+        lines = [f"- {task} at {length:,}: {reason}" for (task, length), reason in sorted(skipped.items())]
+        parts.append("## Left out\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

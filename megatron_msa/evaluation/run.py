@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation import perplexity, questions
 from megatron_msa.evaluation.cell_file import CellFile
-from megatron_msa.evaluation.fitting import fit
+from megatron_msa.evaluation.fitting import DoesNotFit
 from megatron_msa.evaluation.plan import PERPLEXITY, SELECTION, SERVING, Cell, Plan
 from megatron_msa.evaluation.protocol import LanguageModel, Tokens
 from megatron_msa.evaluation.scoring import METHODS
@@ -31,14 +32,14 @@ class Subject:
         tokens: of the model.
         longest: tokens that the model takes.
         serving: costs at a length, for JSON.
-        selection: measures the block selection on texts; None where that is not possible.
+        selection: measures the block selection on texts, or says why that is not possible.
     """
 
     model: Callable[[str], LanguageModel]
     tokens: Tokens
     longest: int
     serving: Callable[[int], dict[str, Any]]
-    selection: Callable[[Sequence[Sequence[int]]], dict[str, Any]] | None = None
+    selection: Callable[[Sequence[Sequence[int]]], dict[str, Any]] | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,16 @@ class Settings:
                 raise ConfigError(f"--scoring has {method!r}; there are {', '.join(METHODS)}")
 
 
-def check(plan: Plan, subject: Subject, material: Material) -> None:
+def check(plan: Plan, subject: Subject, material: Material, settings: Settings) -> dict[tuple[str, int], str]:
     """Refuse, before any work, what cannot be measured.
 
+    Returns:
+        (task, length) -> why it is left out: every sample of a cell must fit into its length, and there must
+        be text enough to fill it.
+
     Raises:
-        ConfigError: a length over the model's limit, a task that does not fit into a length or lacks its
-            material, or a selection without MSA layers.
+        ConfigError: a length over the model's limit, a task that lacks its material, a selection that cannot
+            be measured, or nothing that fits.
     """
     longest = max(plan.lengths)
     if longest > subject.longest:
@@ -77,12 +82,32 @@ def check(plan: Plan, subject: Subject, material: Material) -> None:
             "(--max-position-embeddings of the checkpoint); leave the longer ones out, or raise "
             "--position-limit to read the rotary embedding beyond what it was trained for"
         )
-    for name in plan.tasks:
-        if name in TASK_NAMES:
-            task = make_task(name, material)
-            fit(task, subject.tokens, length=min(plan.lengths), depth=0.5, seed="check")
-    if SELECTION in plan.tasks and subject.selection is None:
-        raise ConfigError(f"--tasks has {SELECTION}, but the checkpoint has no MSA layer; leave it out")
+    if SELECTION in plan.tasks and isinstance(subject.selection, str):
+        raise ConfigError(f"--tasks has {SELECTION}, but {subject.selection}")
+    left_out: dict[tuple[str, int], str] = {}
+    cells = plan.cells()
+    for cell in dict.fromkeys(replace(cell, attention=plan.attention[0]) for cell in cells):
+        if (cell.task, cell.length) not in left_out:
+            try:
+                _check_fits(cell, subject.tokens, material, settings)
+            except DoesNotFit as reason:
+                left_out[cell.task, cell.length] = str(reason)
+    if all((cell.task, cell.length) in left_out for cell in cells):
+        raise ConfigError("; ".join(left_out.values()) or "--tasks and --attention leave nothing to measure")
+    return left_out
+
+
+def _check_fits(cell: Cell, tokens: Tokens, material: Material, settings: Settings) -> None:
+    if cell.task in TASK_NAMES:
+        task = make_task(cell.task, material)
+        questions.check_samples(task, tokens, cell, samples=settings.samples, seed=settings.seed)
+    elif cell.task == PERPLEXITY and cell.length < 2:
+        raise DoesNotFit(
+            f"{PERPLEXITY} takes 2 tokens, because nothing stands before the first, but the length is "
+            f"{cell.length}: use longer ones, or leave it out"
+        )
+    elif cell.task in (PERPLEXITY, SELECTION):
+        perplexity.texts(material.haystack, tokens, length=cell.length, samples=1, seed=settings.seed)
 
 
 def evaluate(
@@ -96,6 +121,8 @@ def evaluate(
     show_progress: bool = True,
 ) -> None:
     """Measure every cell of the plan that the folder does not have yet.
+
+    Cells that do not fit are kept, too, as "skipped": the reason.
 
     With several processes all of them call it; the first one writes.
 
@@ -111,9 +138,12 @@ def evaluate(
     Raises:
         ConfigError: see `check`, `cell_file.CellFile` and the tasks.
     """
-    check(plan, subject, material)
+    left_out = check(plan, subject, material, settings)
     cells = plan.cells()
     with _Results(folder, header) as results:
+        if results.is_writer:
+            for (task, length), reason in left_out.items():
+                print(f"left out: {task} at {length:,}: {reason}", file=sys.stderr)
         todo = [cell for cell in cells if cell not in results.done]
         # In a log file every refresh is a new line: two a minute are enough there.
         refresh_seconds = 0.5 if sys.stderr.isatty() else 30.0
@@ -127,12 +157,17 @@ def evaluate(
         ) as bar:
             models: dict[str, LanguageModel] = {}
             for cell in todo:
+                if (cell.task, cell.length) in left_out:
+                    results.add(cell, {"skipped": left_out[cell.task, cell.length]})
+                    bar.update()
+                    continue
                 bar.set_postfix_str(f"{cell.attention} {cell.task} at {cell.length:,}", refresh=False)
                 if cell.task != SERVING and cell.attention not in models:
                     models.clear()  # one cache at a time
                     models[cell.attention] = subject.model(cell.attention)
                 started = time.perf_counter()
                 result = _measure(cell, models.get(cell.attention), subject, material, settings)
+                _check_finite(cell, result)
                 results.add(cell, result | {"seconds": round(time.perf_counter() - started, 3)})
                 bar.update()
 
@@ -148,10 +183,22 @@ def _measure(
         texts = perplexity.texts(material.haystack, subject.tokens, length=cell.length, **common)
         if cell.task == PERPLEXITY:
             return perplexity.measure(model, texts)
-        assert subject.selection is not None
+        assert not isinstance(subject.selection, str)
         return subject.selection(texts)
     fitted = questions.fitted_samples(make_task(cell.task, material), subject.tokens, cell, **common)
     return questions.measure(model, subject.tokens, fitted, methods=settings.methods)
+
+
+def _check_finite(cell: Cell, result: dict[str, Any]) -> None:
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        depth = "" if cell.depth is None else f", depth {cell.depth:.0%}"
+        raise ConfigError(
+            f"the model gives NaN or infinity: {cell.task} at {cell.length:,} tokens{depth}, --attention "
+            f"{cell.attention}; look at the checkpoint's weights, or compute in another --dtype. Finished "
+            "cells are kept"
+        ) from error
 
 
 class _Results:

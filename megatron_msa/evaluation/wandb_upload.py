@@ -24,6 +24,18 @@ def scalars(results: Results, methods: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def check_installed() -> None:
+    """Refuse an upload before there is anything to upload.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--wandb-project needs wandb: pip install wandb, or leave it out") from error
+
+
 def upload(
     results: Results,
     files: Sequence[Path],
@@ -36,13 +48,18 @@ def upload(
     """Log scalars, pictures and settings as one run.
 
     Raises:
-        ConfigError: wandb is not installed.
+        ConfigError: wandb is not installed, or it refuses.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("--wandb-project needs wandb: pip install wandb, or leave it out") from error
+    check_installed()
+    import wandb
+
     config = {key: header[key] for key in ("settings", "checkpoint", "versions")}
-    with wandb.init(project=project, name=name, config=config, job_type="long-context evaluation") as run:
-        pictures = {file.stem: wandb.Image(str(file)) for file in files}
-        run.log(scalars(results, methods) | pictures, step=header["checkpoint"]["iteration"])
+    try:
+        with wandb.init(project=project, name=name, config=config, job_type="long-context evaluation") as run:
+            pictures = {file.stem: wandb.Image(str(file)) for file in files}
+            run.log(scalars(results, methods) | pictures, step=header["checkpoint"]["iteration"])
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"--wandb-project {project}: the upload failed ({' '.join(str(error).split())}). The results are "
+            "written; `wandb login`, or upload them later with `collect`"
+        ) from error

@@ -9,6 +9,7 @@ import torch
 
 from megatron_msa.errors import ConfigError
 from megatron_msa.inference.engine import InferenceEngine, Speed
+from megatron_msa.inference.limits import check_flags
 from megatron_msa.inference.loading import load, tokenizer_for
 from megatron_msa.inference.paged_rows import E4M3
 from megatron_msa.inference.processes import process_groups
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: options that do not fit each other or the checkpoint.
     """
+    check_flags(options)
     prompts = [*options.prompt, *(_read(path) for path in options.prompt_file)]
     if not prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT or --prompt-file FILE")

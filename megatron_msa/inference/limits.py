@@ -1,7 +1,8 @@
-"""What an engine refuses, before any work."""
+"""What an engine refuses, before any work. Messages name the tools' flags beside the arguments."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Limits:
             ConfigError: names the prompt.
         """
         if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+            raise ConfigError(f"max_new_tokens (--max-new-tokens) is {max_new_tokens}; it must be 1 or more")
         for number, prompt in enumerate(prompts):
             self._check_tokens(f"prompt {number}", prompt)
             self._check_length(f"prompt {number}", len(prompt), max_new_tokens)
@@ -82,8 +83,8 @@ class Limits:
         if total > self.position_limit:
             raise ConfigError(
                 f"{made_of}, but the model was trained for positions up to {self.position_limit:,} "
-                "(--max-position-embeddings of the checkpoint); shorten it, or raise position_limit to use "
-                "the rotary embedding beyond what it was trained for"
+                "(--max-position-embeddings of the checkpoint); shorten it, or raise position_limit "
+                "(--position-limit) to use the rotary embedding beyond what it was trained for"
             )
         if total > self.max_tokens:
             raise ConfigError(
@@ -95,6 +96,21 @@ class Limits:
                 f"{made_of}, but the whole cache holds {self.cache_tokens:,}; shorten it or raise "
                 "cache_tokens"
             )
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuse numbers of the tools' flags before a checkpoint is loaded.
+
+    Args:
+        options: of a tool; flags that it does not have are not read.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for name in ("max_new_tokens", "max_sequences", "prefill_chunk", "position_limit"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
 
 
 def check_engine(
@@ -113,17 +129,17 @@ def check_engine(
     """
     for name, value in (
         ("max_tokens", max_tokens),
-        ("max_sequences", max_sequences),
+        ("max_sequences (--max-sequences)", max_sequences),
         ("cache_tokens", cache_tokens),
-        ("prefill_chunk", prefill_chunk),
-        ("position_limit", position_limit),
+        ("prefill_chunk (--prefill-chunk)", prefill_chunk),
+        ("position_limit (--position-limit)", position_limit),
     ):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be 1 or more")
     if model.position_embedding_type == "learned_absolute" and position_limit > model.max_sequence_length:
         raise ConfigError(
-            f"position_limit is {position_limit:,}, but the model has learned {model.max_sequence_length:,} "
-            "positions and has none beyond; use at most that"
+            f"position_limit (--position-limit) is {position_limit:,}, but the model has learned "
+            f"{model.max_sequence_length:,} positions and has none beyond; use at most that"
         )
     stages = get_pg_size(model.pg_collection.pp)
     if stages > 1 or not (model.pre_process and model.post_process):
@@ -160,8 +176,9 @@ def check_memory(form: CacheFormat, *, cache_tokens: int, limit: int | None, dev
     if needed > limit:
         raise ConfigError(
             f"a cache of {cache_tokens:,} tokens at {form.bytes_per_token:,} bytes each takes "
-            f"{needed / 2**30:.2f} GiB, and {what} is {limit / 2**30:.2f} GiB: use fewer sequences or "
-            "tokens, rows in 8 bit (cache_dtype, index_key_dtype), or tensor parallelism"
+            f"{needed / 2**30:.2f} GiB, and {what} is {limit / 2**30:.2f} GiB: use fewer sequences "
+            "(--max-sequences) or tokens, rows in 8 bit (cache_dtype, index_key_dtype: --8bit-kv, "
+            "--8bit-index-keys), or tensor parallelism"
         )
     return needed
 

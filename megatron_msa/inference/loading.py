@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import build, seed
 from megatron_msa.checkpoint.inspection import find_checkpoint
-from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args
+from megatron_msa.checkpoint.newest import damage
+from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args, tokenizer_fingerprint
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.from_checkpoint import model_config_from_checkpoint
 from megatron_msa.phases import Phase, PhaseSchedule
@@ -59,7 +59,9 @@ def load(
         raise ConfigError(
             f"{checkpoint} is no distributed checkpoint (--ckpt-format torch_dist); save it again with that"
         )
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if (problem := damage(checkpoint)) is not None:
+        raise ConfigError(f"{checkpoint} is damaged: {problem}; restore it, or choose another --ckpt-step")
+    common = _common(checkpoint)
     args, iteration = common["args"], int(common.get("iteration") or 0)
     on_gpu = torch.cuda.is_available()
     if dtype is None:
@@ -89,7 +91,8 @@ def tokenizer_for(
         tokenizer_type, tokenizer_model: in place of those in ``args``.
 
     Raises:
-        ConfigError: it cannot be built, or its vocabulary is not the checkpoint's.
+        ConfigError: it cannot be built, has more ids than the checkpoint has embeddings, or is not the one
+            of its training.
     """
     config = tokenizer_config_from_args(args)
     if tokenizer_type is not None:
@@ -99,18 +102,38 @@ def tokenizer_for(
     if config.tokenizer_type is None:
         raise ConfigError("the checkpoint does not say which tokenizer it was trained with: --tokenizer-type")
     tokenizer = load_tokenizer(config)
-    trained = getattr(args, "padded_vocab_size", None)
-    multiple = getattr(args, "make_vocab_size_divisible_by", 1) * getattr(
-        args, "tensor_model_parallel_size", 1
-    )
-    padded = math.ceil(tokenizer.vocab_size / multiple) * multiple
-    if trained is not None and padded != trained:
+    given = f"--tokenizer-type {config.tokenizer_type} --tokenizer-model {config.tokenizer_model}"
+    # The embedding may have any number of rows more: --padded-vocab-size, and conversions pad as they like.
+    embeddings = getattr(args, "padded_vocab_size", None)
+    if embeddings is not None and tokenizer.vocab_size > embeddings:
         raise ConfigError(
-            f"the tokenizer --tokenizer-type {config.tokenizer_type} --tokenizer-model "
-            f"{config.tokenizer_model} has {tokenizer.vocab_size} ids, {padded} when padded to a multiple of "
-            f"{multiple}, but the checkpoint has {trained} embeddings; use the tokenizer it was trained with"
+            f"the tokenizer {given} has {tokenizer.vocab_size} ids, but the checkpoint has {embeddings} "
+            "embeddings; use the tokenizer it was trained with"
+        )
+    # Converted checkpoints, and those of Megatron's own entry, do not have it.
+    trained_with = getattr(args, "tokenizer_fingerprint", None)
+    if trained_with is not None and tokenizer_fingerprint(tokenizer) != trained_with:
+        raise ConfigError(
+            f"the tokenizer {given} ({tokenizer.vocab_size} ids, end of document {tokenizer.eod}) is another "
+            "one than the checkpoint was trained with: its size or its ids of a text differ; use that one"
         )
     return tokenizer
+
+
+def _common(checkpoint: Path) -> dict[str, Any]:
+    """What is no tensor in a checkpoint."""
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise ConfigError(
+            f"the arguments in {checkpoint} cannot be read ({type(error).__name__}); restore it, or choose "
+            "another --ckpt-step"
+        ) from error
+    if "args" not in common:
+        raise ConfigError(
+            f"{checkpoint} does not hold the arguments of its training; no model can be made of it"
+        )
+    return common
 
 
 def _for_inference(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class PagedRows:
             rows = self.data[pages].to(dtype)
         else:
             values = self.data.view(torch.uint8)[pages].view(E4M3)
-            exact = torch.promote_types(dtype, torch.float32)
-            rows = (values.to(exact) * self.scale[pages][..., None]).to(dtype)
+            rows = _exact(values, self.scale[pages], dtype)
         return rows.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
@@ -72,6 +71,25 @@ def to_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     values = (rows / scale[..., None]).clamp(-_LARGEST, _LARGEST).to(E4M3)
     return values, scale
+
+
+def as_kept(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache of this dtype gives back for these rows, in their own dtype.
+
+    Args:
+        rows: [..., dim].
+        dtype: of the cache.
+    """
+    if dtype != E4M3:
+        return rows.to(dtype).to(rows.dtype)
+    values, scale = to_e4m3(rows)
+    return _exact(values, scale, rows.dtype)
+
+
+def _exact(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * scale, computed in fp32 or better."""
+    exact = torch.promote_types(dtype, torch.float32)
+    return (values.to(exact) * scale[..., None]).to(dtype)
 
 
 def pages_for(tokens: int, block_size: int) -> int:

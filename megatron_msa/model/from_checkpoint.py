@@ -7,13 +7,12 @@ import copy
 from typing import Any
 
 import torch
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_msa.config import MSATransformerConfig
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.gpt import MSAModelConfig
-from megatron_msa.model.vision.config import VisionConfig
 
 # How a run spreads and computes the model, not what the model is; as on one process without extra libraries.
 _ON_ONE_PROCESS: dict[str, Any] = {
@@ -64,8 +63,7 @@ def model_config_from_checkpoint(args: argparse.Namespace, **settings: Any) -> M
         vars(complete).update(values)
     try:
         transformer = core_transformer_config_from_args(complete, MSATransformerConfig)
-        config = gpt_config_from_args(complete, config=transformer, model_config_cls=MSAModelConfig)
-        return config.with_vision(VisionConfig.from_args(complete))
+        return MSAModelConfig.from_args(complete, transformer)
     except (AssertionError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise

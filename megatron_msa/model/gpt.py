@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -14,6 +15,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -44,6 +46,17 @@ class MSAModelConfig(GPTModelConfig):
         self._check_rotary_dimensions()
         if self.vision is not None:
             self._check_vision(self.vision)
+
+    @classmethod
+    def from_args(cls, args: Namespace, transformer: MSATransformerConfig) -> MSAModelConfig:
+        """The model that Megatron's and our arguments describe, around a transformer made of the same.
+
+        Raises:
+            ConfigError, AssertionError, ValueError: arguments that no model can be made of.
+        """
+        config = gpt_config_from_args(args, config=transformer, model_config_cls=cls)
+        config.rope_scaling_factor = args.rope_scaling_factor  # which 0.19.2 forgets
+        return config.with_vision(VisionConfig.from_args(args))
 
     def with_vision(self, vision: VisionConfig | None) -> MSAModelConfig:
         """This model with another vision part.

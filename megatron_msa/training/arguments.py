@@ -14,7 +14,7 @@ from megatron_msa.attention.layer_specs import msa_layer_specs
 from megatron_msa.checkpoint.inspection import check_checkpoint
 from megatron_msa.config import MSATransformerConfig, msa_field_names
 from megatron_msa.data.datasets import validate_data_paths
-from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args
+from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args, tokenizer_fingerprint
 from megatron_msa.data.multimodal.checks import prepare_args
 from megatron_msa.data.multimodal.config import MultimodalDataConfig
 from megatron_msa.errors import ConfigError
@@ -117,12 +117,15 @@ def parse_arguments(*, has_gpu: bool) -> argparse.Namespace:
 def tokenizer_from_args(args: argparse.Namespace) -> Any:
     """Build the tokenizer, check the data against it, and complete ``args.padded_vocab_size``.
 
+    ``args.tokenizer_fingerprint`` is set: checkpoints keep it, so that inference knows the tokenizer again.
+
     Raises:
         ConfigError: a tokenizer or dataset that cannot be used.
     """
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     tokenizer = load_tokenizer(tokenizer_config_from_args(args))
+    args.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     validate_data_paths(args, tokenizer)
     if args.padded_vocab_size is None and args.pad_vocab_size:
         args.padded_vocab_size = calculate_padded_vocab_size(
@@ -145,13 +148,11 @@ def model_config_from_args(args: argparse.Namespace) -> MSAModelConfig:
     Raises:
         ConfigError: a configuration that cannot be built, or a checkpoint that does not fit.
     """
-    from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
     with megatron_refusals():
         transformer = core_transformer_config_from_args(args, MSATransformerConfig)
-        config = gpt_config_from_args(args, config=transformer, model_config_cls=MSAModelConfig)
-        config.rope_scaling_factor = args.rope_scaling_factor  # which 0.19.2 forgets
-        config = config.with_vision(VisionConfig.from_args(args))
+        config = MSAModelConfig.from_args(args, transformer)
         msa_layer_specs(transformer)  # builds no module, but refuses what no layer can be made of
     if args.msa_init_index is not None:
         index_initialization.check_method(

@@ -1,17 +1,22 @@
 """From a checkpoint on disk to a report, with the real engine; and the selection against brute force."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from megatron.core import dist_checkpointing
 
+from megatron_msa.attention import self_attention
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
 from megatron_msa.data.byte_tokenizer import BYTE_VOCAB_SIZE, write_byte_tokenizer
+from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation import command, selection
 from megatron_msa.evaluation.checkpoint_subject import fingerprint
+from megatron_msa.inference.paged_rows import E4M3, PagedRows
 from megatron_msa.phases import Phase
 from tests.attention.conftest import process_groups
 from tests.attention.tiny import BLOCK, initial_model, set_phase, tiny_arguments, tiny_config, tiny_model
@@ -83,6 +88,27 @@ def test_a_checkpoint_gives_cells_tables_and_pictures(report):
     }
     assert "| needle | dense |" in (report / "report.md").read_text()
     assert all(max(cell["prompt_tokens"]) <= cell["length"] for cell in found["cells"] if "scores" in cell)
+
+
+def test_the_command_draws_the_heatmap_of_a_checkpoint(trained, tmp_path, capsys):
+    """As in the README, with little text to hide the needles in."""
+    (tmp_path / "haystack.txt").write_text("A line of text.\nAnother line.\n")
+    output = tmp_path / "report"
+    flags = ["--tasks", "needle", "common_words", "serving", "--attention", "msa, dense"]
+    assert evaluate(trained, output, *flags, "--haystack", str(tmp_path / "haystack.txt")) == 0
+    cells = [json.loads(line)["cell"] for line in (output / "cells.jsonl").read_text().splitlines()[1:]]
+    needles = {
+        (cell["attention"], cell["length"], cell["depth"]) for cell in cells if cell["task"] == "needle"
+    }
+    assert needles == set(itertools.product(("msa", "dense"), map(int, LENGTHS), (0.0, 1.0)))
+    assert imread(output / "needle_generation.png").std() > 0.01
+    text = (output / "report.md").read_text()
+    assert "| task | attention | 64 | 90 |" in text
+    assert all(f"| needle | {mode} | " in text for mode in ("msa", "dense"))
+    assert "- common_words at 64: the task common_words takes " in text
+    printed = capsys.readouterr()
+    assert f"wrote {output}/needle_generation.png" in printed.out
+    assert "left out: common_words at 90: " in printed.err
 
 
 @pytest.mark.slow
@@ -195,6 +221,48 @@ def test_the_selections_recall_is_that_of_brute_force(process_groups, monkeypatc
     assert all(layer.phase is Phase.WARMUP and not layer.sample_quality for layer in msa_layers(model))
     assert model.training
     assert model.post_process
+
+
+def test_the_selection_is_measured_with_the_index_keys_of_the_cache(process_groups, monkeypatch):
+    """Against the cache itself: what is written to its pages and read from them again."""
+    torch.manual_seed(1)
+    seed(1)
+    model = tiny_model()
+    texts = torch.randint(64, (4, 60)).tolist()
+    exact = selection.measure(model, texts, rows=1000)
+    found = selection.measure(model, texts, rows=1000, index_key_dtype=E4M3)
+    assert found != exact
+    assert selection.measure(model, texts, rows=1000) == exact, "the layers are as they were"
+
+    select = self_attention.block_select
+
+    def through_the_cache(index_query, index_key, *args, **options):
+        tokens, heads, dim = index_key.shape
+        pages = PagedRows(1, heads, tokens, dim, E4M3, index_key.device)
+        place = torch.arange(tokens, device=index_key.device)
+        pages.write(torch.zeros_like(place), place, index_key)
+        rounded = pages.read(torch.zeros(1, dtype=torch.int64), tokens, index_key.dtype)
+        return select(index_query, rounded, *args, **options)
+
+    monkeypatch.setattr(self_attention, "block_select", through_the_cache)
+    assert selection.measure(model, texts, rows=1000) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"msa_layer_freq": "[0,0]"}, "the checkpoint has no MSA layer; leave it out"),
+        ({"context_parallel_size": 2}, "--context-parallel-size is 2, and the selection is measured with 1"),
+    ],
+)
+def test_a_model_whose_selection_cannot_be_measured_says_why(changes, message, process_groups, monkeypatch):
+    seed(1)
+    model = tiny_model(tiny_config(msa_layer_freq=changes.get("msa_layer_freq", 1)))
+    monkeypatch.setattr(model.config, "context_parallel_size", changes.get("context_parallel_size", 1))
+    assert selection.obstacle(tiny_model()) is None
+    assert message in selection.obstacle(model)
+    with pytest.raises(ConfigError, match=message):
+        selection.measure(model, [[1, 2]], rows=5)
 
 
 def test_a_text_of_no_more_blocks_than_are_chosen_says_nothing(process_groups):

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from megatron_msa.errors import ConfigError
 from megatron_msa.evaluation.harness import HarnessModel
 from megatron_msa.evaluation.protocol import Tokens
-from tests.evaluation.oracles import BYTES_END, ByteTokenizer
+from tests.evaluation.oracles import BYTES_END, ByteTokenizer, PairTokenizer
 
 LONGEST = 40
 
@@ -71,6 +71,29 @@ def test_whole_texts_are_scored_once_per_token_in_windows(adapter):
     ids = [BYTES_END, *text.encode()]
     assert value == pytest.approx(sum(Alphabet.value(ids, n) for n in range(1, len(ids))), rel=1e-6)
     assert adapter._model.longest == LONGEST
+
+
+class Recording(Alphabet):
+    """Keeps what it scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored: list[tuple[list[int], int]] = []
+
+    def log_probabilities(self, sequences, *, start=None):
+        self.scored += [(list(each), first) for each, first in zip(sequences, start, strict=True)]
+        return super().log_probabilities(sequences, start=start)
+
+
+def test_a_start_token_is_context_and_never_scored():
+    """As models are trained: once before a text; what has nothing before it is scored behind it."""
+    tokenizer, model = PairTokenizer(), Recording()
+    adapter = HarnessModel(model, Tokens(tokenizer), LONGEST)
+    text = tokenizer.tokenize("abcd")[1:-1]
+    adapter.loglikelihood([request("loglikelihood", *pair) for pair in (("", "abcd"), ("ab", "cd"))])
+    adapter.loglikelihood_rolling([request("loglikelihood_rolling", "abcd")])
+    whole = [tokenizer.start, *text]
+    assert model.scored == [(whole, 1), (whole, 2), (whole, 1)]
 
 
 def test_replies_end_before_the_stop_text(adapter):

@@ -1,18 +1,22 @@
 """A job works through its cells, and goes on after an interruption without losing or repeating one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.evaluation import perplexity
+from megatron_msa.evaluation import command, perplexity, questions, report
 from megatron_msa.evaluation.cell_file import FILE_NAME, CellFile, merged, read
+from megatron_msa.evaluation.fitting import Fitted
 from megatron_msa.evaluation.haystack import from_texts
 from megatron_msa.evaluation.plan import Cell, Plan, evenly
 from megatron_msa.evaluation.protocol import Tokens
 from megatron_msa.evaluation.run import Settings, Subject, evaluate
+from megatron_msa.evaluation.samples import Question, Sample
+from megatron_msa.evaluation.tasks.question_answering import Item, read_items
 from megatron_msa.evaluation.tasks.registry import Material
 from tests.evaluation.oracles import ByteTokenizer, Oracle
 
@@ -54,14 +58,20 @@ class Model(Oracle):
         return super().log_probabilities(sequences, start=start)
 
 
-def subject_of(model: Model, longest: int = 500) -> Subject:
+def subject_of(model: Model, longest: int = 500, **others) -> Subject:
     return Subject(
         model=lambda attention: model,
         tokens=Tokens(ByteTokenizer()),
         longest=longest,
         serving=lambda length: {"length": length},
-        selection=lambda texts: {"texts": [len(text) for text in texts]},
+        **{"selection": lambda texts: {"texts": [len(text) for text in texts]}} | others,
     )
+
+
+def plan_of(*tasks_and_lengths: str | int, attention: str = "msa") -> Plan:
+    tasks = [each for each in tasks_and_lengths if isinstance(each, str)]
+    lengths = [each for each in tasks_and_lengths if isinstance(each, int)]
+    return Plan(attention=[attention], tasks=tasks, lengths=lengths, depths=[1.0])
 
 
 @pytest.fixture
@@ -69,7 +79,12 @@ def run(haystack, tmp_path):
     def run(
         model: Model | None = None, *, folder: str = "run", plan: Plan = PLAN, settings=SETTINGS, **changes
     ):
-        material = Material(haystack=changes.pop("haystack", haystack), style="completion", distractors=2)
+        material = Material(
+            haystack=changes.pop("haystack", haystack),
+            style="completion",
+            distractors=2,
+            items=changes.pop("items", None),
+        )
         header = HEADER | {"settings": HEADER["settings"] | changes.pop("header", {})}
         subject = subject_of(model or Model(), **changes)
         evaluate(plan, subject, material, settings, tmp_path / folder, header, show_progress=False)
@@ -175,17 +190,60 @@ def test_folders_of_an_array_are_collected(run, tmp_path):
         merged([])
 
 
+def test_no_prompt_is_asked_for_more_than_its_length_has_room_for():
+    """The room of a reply differs between samples: the prompt of one with the room of another is too long."""
+    length, rooms = 100, [10, 20, 10]
+
+    class Limited(Model):
+        def generate(self, prompts, *, max_new_tokens, stop=None):
+            if max(map(len, prompts)) + max_new_tokens > length:
+                raise ConfigError("longer than the cache")
+            return [[prompt[0]] * max_new_tokens for prompt in prompts]
+
+    fitted = [
+        Fitted(Sample("", (Question(cue="", answers=("a",), distractors=("b",)),)), [prompt], room)
+        for room, letter in zip(rooms, b"abc", strict=True)
+        for prompt in [[letter] * (length - room)]
+    ]
+    found = questions.measure(Limited(), Tokens(ByteTokenizer()), fitted, methods=["generation"])
+    assert found["replies"] == [["a" * 10], ["b" * 20], ["c" * 10]]
+
+
+def test_a_collection_may_be_incomplete_and_says_so(run, tmp_path, capsys):
+    header = HEADER | {
+        "checkpoint": {"name": "run", "iteration": 7},
+        "settings": {"seed": 1, "samples": 2, "style": "completion", "haystack_name": "lines", "methods": []},
+        "versions": {"device": "CPU", "commit": "abc", "torch": "2", "triton": "3"},
+    }
+    for name in ("ended", "stopped"):
+        with CellFile(tmp_path / name, header) as file:
+            file.add(Cell("msa", "perplexity", len(name)), {"mean_loss": 1.5, "bin_ends": [5], "loss": [1.5]})
+    report.write(tmp_path / "ended", *merged([tmp_path / "ended"]))
+    folders = [str(tmp_path / name) for name in ("ended", "stopped", "waiting")]
+    collect = ["collect", "--output", str(tmp_path / "all")]
+    assert command.main(None, [*collect, *folders]) == 2
+    assert "waiting has no cells.jsonl" in capsys.readouterr().err
+    assert command.main(None, [*collect, "--incomplete", *folders]) == 0
+    note = "stopped: its job has not ended; waiting: nothing is there yet"
+    assert f"**Not complete:** {note}." in (tmp_path / "all/report.md").read_text()
+    assert json.loads((tmp_path / "all/results.json").read_text())["incomplete"] == note.split("; ")
+    assert capsys.readouterr().err.count("not complete: ") == 2
+    assert command.main(None, [*collect, "--incomplete", folders[0]]) == 0
+    assert "Not complete" not in (tmp_path / "all/report.md").read_text()
+    assert command.main(None, [*collect, "--incomplete", folders[2]]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"selection": "there are no layers"}, "--tasks has selection, but there are no layers"),
         ({"longest": 499}, r"--lengths has 500, but the model takes 499 tokens.*--position-limit"),
-        ({"plan": Plan(attention=["msa"], tasks=["needle"], lengths=[30], depths=[1])}, "without any filler"),
+        ({"plan": plan_of("needle", 30)}, "without any filler"),
+        ({"plan": plan_of("question_answering", 90)}, "--qa-file"),
+        ({"plan": plan_of("perplexity", 1)}, "perplexity takes 2 tokens, .* but the length is 1: use longer"),
+        ({"plan": plan_of("selection", 300, attention="dense")}, "leave nothing to measure"),
         (
-            {"plan": Plan(attention=["msa"], tasks=["question_answering"], lengths=[90], depths=[1])},
-            "--qa-file",
-        ),
-        (
-            {"haystack": from_texts(["little"], "short")},
+            {"haystack": from_texts(["little"], "short"), "plan": plan_of("perplexity", 300)},
             r"short has 7 tokens, and perplexity is asked for at 300",
         ),
     ],
@@ -195,10 +253,58 @@ def test_what_cannot_be_measured_is_refused(changes, message, run):
         run(**changes)
 
 
-def test_refusals_come_before_any_work(run, tmp_path):
+def test_what_does_not_fit_is_left_out_with_a_note_and_the_rest_is_measured(run, capsys):
+    plan = Plan(
+        attention=["dense", "msa"],
+        tasks=["common_words", "needle", "perplexity", "selection"],
+        lengths=[1, 300],
+        depths=[0.0, 1.0],
+    )
+    little = from_texts(["one line", "another line"], "short")
+    found = run(plan=plan, haystack=little).results
+    assert list(found) == plan.cells()
+    reasons = {(cell.task, cell.length): each.get("skipped", "") for cell, each in found.items()}
+    assert "common_words takes" in reasons["common_words", 300]
+    assert "needle takes" in reasons["needle", 1]
+    assert "perplexity takes 2 tokens" in reasons["perplexity", 1]
+    for task in ("perplexity", "selection"):
+        assert "short has 22 tokens" in reasons[task, 300]
+    assert reasons["needle", 300] == reasons["selection", 1] == ""
+    assert found[Cell("dense", "needle", 300, 1.0)]["scores"]["generation"] == [1.0, 1.0]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len([reason for reason in reasons.values() if reason])
+    assert all(line.startswith("left out: ") for line in printed)
+    resumed = Model()
+    assert run(resumed, plan=plan, haystack=little).results == found
+    assert resumed.asked == 0
+
+
+def test_a_length_that_only_some_samples_fit_into_is_left_out_before_any_work(run):
+    """The longest question of three decides."""
+    question = {"question": "what?", "answers": ("a",)}
+    items = tuple(
+        Item(context=letter * size, **question) for letter, size in (("x", 10), ("y", 10), ("z", 90))
+    )
     model = Model()
-    with pytest.raises(ConfigError, match="takes 499 tokens"):
-        run(model, longest=499)
+    settings = Settings(samples=20, seed=1, methods=["generation"])
+    with pytest.raises(ConfigError, match=r"question_answering takes 1\d\d tokens without any filler"):
+        run(model, plan=plan_of("question_answering", 100), items=items, settings=settings)
+    assert model.asked == 0
+
+
+def test_prompts_that_would_be_far_shorter_than_their_length_are_left_out(run, qa_file):
+    plan = plan_of("question_answering", "needle", 900)
+    found = run(plan=plan, longest=900, items=read_items(qa_file)).results
+    assert "scores" in found[Cell("msa", "needle", 900, 1.0)]
+    reason = found[Cell("msa", "question_answering", 900)]["skipped"]
+    assert re.search(r"has filler for \d\d\d tokens, but the length is 900: give it more", reason)
+
+
+@pytest.mark.parametrize("changes", [{"longest": 499}, {"selection": "there are no layers"}])
+def test_refusals_come_before_any_work(changes, run, tmp_path):
+    model = Model()
+    with pytest.raises(ConfigError):
+        run(model, **changes)
     assert model.asked == 0
     assert not (tmp_path / "run").exists()
 
@@ -221,6 +327,36 @@ def test_a_plan_of_unknown_things_is_refused(changes, message):
     values = {"attention": ["msa"], "tasks": ["needle"], "lengths": [1], "depths": [0.5]}
     with pytest.raises(ConfigError, match=message):
         Plan(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("task", "where"),
+    [("needle", "needle at 300 tokens, depth 100%"), ("perplexity", "perplexity at 300 tokens, ")],
+)
+def test_a_model_that_gives_nan_is_named_and_what_is_finished_stays(task, where, run, tmp_path):
+    class Broken(Model):
+        def log_probabilities(self, sequences, *, start=None):
+            found = super().log_probabilities(sequences, start=start)
+            return [
+                values.fill_(torch.nan) if len(text) > 200 else values
+                for text, values in zip(sequences, found, strict=True)
+            ]
+
+    with pytest.raises(ConfigError, match=f"the model gives NaN or infinity: {where}.*--attention msa"):
+        run(Broken(), plan=plan_of(task, 100, 300))
+    assert list(read(tmp_path / "run" / FILE_NAME).results) == plan_of(task, 100).cells()
+
+
+def test_modes_may_have_spaces_between_them():
+    flags = ["run", "--load", "x", "--output", "y", "--lengths", "8", "--attention", "msa, dense"]
+    assert command.build_parser(None).parse_args(flags).attention == ["msa", "dense"]
+
+
+@pytest.mark.parametrize("flag", ["--prefill-chunk", "--max-sequences", "--position-limit"])
+def test_numbers_of_the_engine_are_refused_before_anything_is_loaded(flag, capsys):
+    flags = ["--load", "nowhere", "--output", "y", "--lengths", "8", flag, "0"]
+    assert command.main(None, ["run", *flags]) == 2
+    assert f"{flag} is 0; it must be 1 or more" in capsys.readouterr().err
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_msa.evaluation.serving_cost import cache_bytes_per_token, serving_cost
-from megatron_msa.inference.paged_rows import E4M3
+from megatron_msa.inference.cache import CacheFormat, LayerCache
+from megatron_msa.inference.paged_rows import E4M3, PagedRows
 from megatron_msa.training.flops import causal_pairs, sparse_pairs, step_flops
 from megatron_msa.training.parameter_count import count_parameters
 from tests.attention.tiny import tiny_config
@@ -77,7 +78,26 @@ def test_bytes_per_token_are_those_of_the_cache_and_of_the_scales():
     found = cache_bytes_per_token(tiny_config(**CONFIG))
     assert found["bf16"] == {"key_value": 3 * 2 * 2 * 8 * 2, "index_key": 2 * 12 * 2}
     assert found["e4m3"] == {"key_value": 3 * 2 * 2 * (8 + 4), "index_key": 2 * (12 + 4)}
-    assert torch.bfloat16.itemsize == 2
+    for name, dtype in (("bf16", torch.bfloat16), ("e4m3", E4M3)):
+        form = CacheFormat(
+            block_size=4,
+            groups=2,
+            head_dim=8,
+            index_head_dim=12,
+            selects_blocks=[False, True, True],
+            dtype=dtype,
+            index_dtype=dtype,
+        )
+        layers = [LayerCache(form, 1, torch.device("cpu"), has_index=has) for has in form.selects_blocks]
+        allocated = {
+            "key_value": sum(memory(layer.key) + memory(layer.value) for layer in layers),
+            "index_key": sum(memory(layer.index_key) for layer in layers if layer.index_key is not None),
+        }
+        assert allocated == {part: 4 * number for part, number in found[name].items()}
+
+
+def memory(rows: PagedRows) -> int:
+    return rows.data.nbytes + (0 if rows.scale is None else rows.scale.nbytes)
 
 
 def test_the_ratio_at_long_contexts_is_that_of_the_cost_model():

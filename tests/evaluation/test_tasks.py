@@ -66,13 +66,17 @@ def test_part_of_the_answers_is_part_of_the_score(material):
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_prompt_and_reply_fill_the_length_and_never_exceed_it(name, style, tokenizer, material):
     task, tokens = make_task(name, material(style)), Tokens(tokenizer)
-    shortest = fit(task, tokens, length=10**6, depth=0.5, seed="s") if task.most_units else None
+    longest = fit(task, tokens, length=10**6, depth=0.3, seed="seed") if task.most_units else None
     for length in (LONG_ENOUGH.get(name, 1501), LONG_ENOUGH.get(name, 1501) + 1, 9001):
         fitted = fit(task, tokens, length=length, depth=0.3, seed="seed")
         assert fitted.tokens == max(map(len, fitted.prompts)) + fitted.room <= length
         assert [tokens.encode(prompt) for prompt in fitted.sample.prompts()] == fitted.prompts
-        if shortest is None or length < shortest.tokens:
+        if longest is not None and length > longest.tokens + 100:
+            assert fitted.ran_out
+            assert fitted.tokens == longest.tokens
+        else:
             # A line, a word or a paragraph more would be too much, or the rest is below 1/256.
+            assert not fitted.ran_out
             assert length - fitted.tokens <= max(length // 256, 100)
 
 
@@ -153,6 +157,17 @@ def test_the_paragraph_with_the_answer_is_always_there(units, material):
         assert f"is {question.answers[0]}." in sample.context
         assert sample.context.count("Document ") == units + 1
         assert not set(question.distractors) & set(question.answers)
+
+
+def test_a_start_token_can_be_left_out_and_an_end_token_always_is():
+    tokenizer = PairTokenizer()
+    tokens, ids = Tokens(tokenizer), tokenizer.tokenize("abcd")[1:-1]
+    assert tokens.start == [tokenizer.start]
+    assert tokens.encode("abcd") == [tokenizer.start, *ids]
+    assert tokens.encode_bare("abcd") == ids
+    bytes_alone = Tokens(ByteTokenizer())
+    assert bytes_alone.start == []
+    assert bytes_alone.encode("ab") == bytes_alone.encode_bare("ab") == [97, 98]
 
 
 def test_lines_are_inserted_at_the_nearest_break():

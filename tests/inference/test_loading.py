@@ -1,19 +1,24 @@
 """From a checkpoint on disk to text."""
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.checkpoint.hf.megatron_model import seed
 from megatron_msa.data.byte_tokenizer import BYTE_EOD, BYTE_VOCAB_SIZE, write_byte_tokenizer
+from megatron_msa.data.metadata import tokenizer_fingerprint
 from megatron_msa.errors import ConfigError
 from megatron_msa.inference.command import build_parser, run
 from megatron_msa.inference.engine import InferenceEngine
 from megatron_msa.inference.loading import load, tokenizer_for
+from megatron_msa.model.from_checkpoint import model_config_from_checkpoint
 from megatron_msa.phases import Phase
 from tests.attention.tiny import initial_model, tiny_arguments, tiny_config
 from tests.inference.checks import full_logits
@@ -115,6 +120,8 @@ def test_the_command_prints_what_the_model_says(trained, capsys):
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "a", "--temperature", "0"], "temperature is 0.0; it must be above 0"),
+        (["--prompt", "a", "--max-new-tokens", "-5"], "--max-new-tokens is -5; it must be 1 or more"),
+        (["--prompt", "a", "--prefill-chunk", "0", "--load", "nowhere"], "--prefill-chunk is 0; it must be"),
         (["--prompt", "a", "--max-new-tokens", "64"], "trained for positions up to 64"),
         (["--prompt", "a", "--tensor-model-parallel-size", "2"], "is 2, and there are 1 processes"),
         (["--prompt", "a", "--cache-gib", "1e-9"], "and the given limit is 0.00 GiB"),
@@ -136,12 +143,61 @@ def test_folders_without_a_usable_checkpoint(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("padded", [272, 256])
-def test_another_tokenizer_than_the_checkpoints_is_refused(trained, padded):
-    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": padded})
-    message = f"has 258 ids, 264 when padded to a multiple of 8, but the checkpoint has {padded} embeddings"
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.distcp", r"iter_0000007 is damaged: __0_\d.distcp has 100 bytes of .*another --ckpt-step"),
+        ("common.pt", r"the arguments in .*iter_0000007 cannot be read"),
+        (".metadata", r"iter_0000007 is damaged: .metadata cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_short_is_refused(trained, tmp_path, pattern, message):
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = tmp_path / "run" / f"iter_{ITERATION:07d}"
+    if pattern == "common.pt":
+        (checkpoint / pattern).touch()  # where older versions of Megatron keep the arguments
+    (file, *_) = sorted(checkpoint.glob(pattern))
+    file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "run")
+
+
+def test_a_tokenizer_of_more_ids_than_embeddings_is_refused(trained):
+    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": 256})
+    with pytest.raises(ConfigError, match="has 258 ids, but the checkpoint has 256 embeddings"):
         tokenizer_for(arguments)
+
+
+def test_an_embedding_that_was_padded_further_is_none_of_the_tokenizers_business(trained):
+    """As a conversion from Hugging Face pads it, from the rows that were there."""
+    arguments = argparse.Namespace(**vars(saved(trained)["args"]) | {"padded_vocab_size": 384})
+    assert tokenizer_for(arguments).vocab_size == BYTE_VOCAB_SIZE
+
+
+def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused(trained, tmp_path):
+    arguments = saved(trained)["args"]
+    known = tokenizer_fingerprint(tokenizer_for(arguments))
+    arguments = argparse.Namespace(**vars(arguments) | {"tokenizer_fingerprint": known})
+    assert tokenizer_for(arguments).vocab_size == BYTE_VOCAB_SIZE
+    permuted = write_byte_tokenizer(tmp_path / "permuted")
+    described = json.loads((permuted / "tokenizer.json").read_text())
+    ids = described["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    (permuted / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"permuted \(258 ids, end of document 256\) is another one"):
+        tokenizer_for(arguments, tokenizer_model=str(permuted))
+
+
+def test_the_rotary_embedding_is_scaled_as_in_training(trained):
+    """Megatron's frequencies of a model of these arguments, not those of its default factor 8."""
+    arguments = saved(trained)["args"]
+    given = {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500000}
+    scaled = argparse.Namespace(**vars(arguments) | given)
+    config = model_config_from_checkpoint(scaled)
+    assert (config.rope_scaling, config.rope_scaling_factor) == (True, 32.0)
+    found = load(trained, **given).model.rotary_pos_emb.inv_freq
+    expected = RotaryEmbedding(8, 0.5, rotary_base=500000, rope_scaling=True, rope_scaling_factor=32.0)
+    torch.testing.assert_close(found.cpu(), expected.inv_freq.cpu(), rtol=0, atol=0)
 
 
 def test_a_dense_run_of_megatrons_own_loads(trained, tmp_path):

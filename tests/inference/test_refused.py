@@ -34,8 +34,12 @@ def engine_of(model, **options):
             3,
             "prompt 0 has 30 tokens and 3 more are asked for, but the cache holds 32 per sequence",
         ),
-        ([[1] * 60], 5, "but the model was trained for positions up to 64 .*position_limit"),
-        ([[1]], 0, "max_new_tokens is 0; it must be 1 or more"),
+        (
+            [[1] * 60],
+            5,
+            "but the model was trained for positions up to 64 .*position_limit .--position-limit",
+        ),
+        ([[1]], 0, r"max_new_tokens \(--max-new-tokens\) is 0; it must be 1 or more"),
     ],
 )
 def test_prompts(model, prompts, new, message):
@@ -68,8 +72,8 @@ def test_ids_beyond_the_tokenizer(model):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
-        ({"max_sequences": 0}, "max_sequences is 0"),
-        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"max_sequences": 0}, r"max_sequences \(--max-sequences\) is 0"),
+        ({"prefill_chunk": 0}, r"prefill_chunk \(--prefill-chunk\) is 0"),
         ({"cache_tokens": 0}, "cache_tokens is 0"),
         ({"attention": "full"}, "attention is 'full'; allowed: 'as trained', 'dense', 'sparse'"),
         ({"cache_dtype": torch.int8}, "cache_dtype is torch.int8; allowed: None .* torch.float8_e4m3fn"),
@@ -84,7 +88,9 @@ def test_options(model, options, message):
 def test_positions_that_were_not_learned(process_groups):
     model = model_of(position_embedding_type="learned_absolute")
     engine_of(model, position_limit=64)
-    with pytest.raises(ConfigError, match="position_limit is 65, but the model has learned 64 positions"):
+    with pytest.raises(
+        ConfigError, match=r"position_limit \(--position-limit\) is 65, but the model has learned 64"
+    ):
         engine_of(model, position_limit=65)
 
 
@@ -114,7 +120,7 @@ def test_a_cache_beyond_its_limit_names_the_figures(model):
         ConfigError, match=r"64 tokens at 704 bytes each takes 0.00 GiB, and the given limit is"
     ):
         engine_of(model, max_tokens=64, memory_limit=limit - 1)
-    with pytest.raises(ConfigError, match=r"90% of the free memory is .* GiB: use fewer sequences or tokens"):
+    with pytest.raises(ConfigError, match=r"90% of the free memory is .* GiB: use fewer sequences \(--max"):
         engine_of(model, max_tokens=2**40)
     engine_of(model, max_tokens=64, memory_limit=limit // 2, cache_dtype=E4M3)
 

@@ -10,7 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 JOB_FILE = REPOSITORY / "examples/slurm/evaluate.sbatch"
 
-# Runs the elements of an array one after the other, and what depends on them if all ended well. Prints the
+# Runs the elements of an array one after the other, and what depends on them when they have ended. Prints the
 # number of the job, as --parsable does.
 SBATCH = """#!/usr/bin/env bash
 printf 'sbatch' >> "$CALLS"; printf ' %s' "$@" >> "$CALLS"; printf '\\n' >> "$CALLS"
@@ -19,7 +19,7 @@ elements=none
 while [[ "$1" == -* ]]; do
     case "$1" in
         --array=*) elements="$(seq $(tr - ' ' <<< "${1#*=}"))" ;;
-        --dependency=afterok:*) [[ "$(cat "$STATE/${1##*:}")" == 0 ]] || { echo "$number"; exit 0; } ;;
+        --dependency=afterany:*) [[ -f "$STATE/${1##*:}" ]] || { echo "$number"; exit 0; } ;;
     esac
     shift
 done
@@ -102,18 +102,60 @@ def test_each_length_is_a_job_and_one_collects_them(submit: Submit, tmp_path: Pa
         assert "--tensor-model-parallel-size 2 --context-parallel-size 2 " in run
         assert "--attention msa,dense" in run
         assert run.endswith(" --samples 5")
-    assert "--dependency=afterok:41" in collection
+    assert "--dependency=afterany:41" in collection
     assert "--gpus-per-node" not in collection
     results = tmp_path / "results"
-    assert collect.endswith(f"collect --output {results} {results}/length_1024 {results}/length_4096")
+    folders = f"{results}/length_1024 {results}/length_4096"
+    assert collect.endswith(f"collect --incomplete --output {results} {folders}")
 
 
-def test_nothing_is_collected_where_a_length_failed(submit: Submit) -> None:
+@pytest.mark.parametrize(("context_parallel", "asks"), [("1", True), ("2", False)])
+def test_the_selection_is_measured_where_it_can_be(context_parallel: str, asks: bool, submit: Submit) -> None:
+    _, calls = submit(CONTEXT_PARALLEL=context_parallel)
+    runs = [call.split() for call in calls if " run --load" in call]
+    assert [("selection" in run, "serving" in run) for run in runs] == [(asks, True)] * 2
+
+
+def test_what_is_there_is_collected_where_a_length_failed(submit: Submit) -> None:
     done, calls = submit(FAILING="1024")
     assert done.returncode == 0, done.stderr
     lengths = [call for call in calls if " run --load" in call]
     assert len(lengths) == 2, "the other length is measured all the same"
-    assert not any(" collect " in call for call in calls)
+    assert " collect --incomplete " in calls[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "nodes", "gpus", "tasks"),
+    [
+        ({"GPUS_PER_NODE": "8"}, 1, "4", 4),
+        ({"GPUS_PER_NODE": "4"}, 1, "4", 4),
+        ({"GPUS_PER_NODE": "2"}, 2, "2", 2),
+        ({"GPUS_PER_NODE": "8", "TENSOR_PARALLEL": "1", "CONTEXT_PARALLEL": "1"}, 1, "1", 1),
+        ({"GPUS_PER_NODE": "8", "EXPERT_PARALLEL": "16"}, 2, "8", 8),
+        ({"GPUS_PER_NODE": "0"}, 4, None, 1),
+        ({"GPUS_PER_NODE": "0", "TENSOR_PARALLEL": "1", "CONTEXT_PARALLEL": "1"}, 1, None, 1),
+        ({"GPUS_PER_NODE": "8", "NODES": "64"}, 1, "4", 4),
+    ],
+)
+def test_a_length_takes_as_many_processes_as_share_its_work(
+    changes: dict[str, str], nodes: int, gpus: str | None, tasks: int, submit: Submit
+) -> None:
+    """Further ones would measure the same again, and a part of a node leaves the rest of it to others."""
+    done, calls = submit("--dry-run", **changes)
+    assert done.returncode == 0, done.stderr
+    array = done.stdout.split("\n")[0].split()
+    assert {f"--nodes={nodes}", f"--ntasks-per-node={tasks}"} <= {*array}
+    assert [word for word in array if "gpus" in word] == ([f"--gpus-per-node={gpus}"] if gpus else [])
+    assert ("--mem=0" in array) == (gpus == changes["GPUS_PER_NODE"])
+    assert calls == []
+
+
+@pytest.mark.parametrize("flags", [["--wandb-project", "p", "--wandb-name=n"], ["--wandb-project=p"]])
+def test_the_whole_report_is_uploaded_too(flags: list[str], submit: Submit) -> None:
+    _, calls = submit("--samples", "5", *flags)
+    *_, run, _, collect = calls
+    assert run.endswith(f" --samples 5 {' '.join(flags)}")
+    assert collect.endswith(f"/length_4096 {' '.join(flags)}")
 
 
 def test_a_dry_run_shows_every_command_and_submits_nothing(submit: Submit, tmp_path: Path) -> None:
@@ -133,7 +175,9 @@ def test_a_dry_run_shows_every_command_and_submits_nothing(submit: Submit, tmp_p
     [
         ({"ACCOUNT": "", "OUTPUT": ""}, "error: OUTPUT is not set; fill it in in examples/slurm/site.sh"),
         ({"CHECKPOINT": "/nowhere"}, "CHECKPOINT /nowhere holds no checkpoint"),
-        ({"GPUS_PER_NODE": "6"}, "a length has 6 processes (NODES x GPUS_PER_NODE), no multiple of"),
+        ({"GPUS_PER_NODE": "3"}, "a length has 4 processes (TENSOR_PARALLEL x CONTEXT_PARALLEL, or"),
+        ({"TENSOR_PARALLEL": "two"}, "TENSOR_PARALLEL is 'two'; it must be a positive number"),
+        ({"EXPERT_PARALLEL": "6"}, "EXPERT_PARALLEL is 6 and TENSOR_PARALLEL x CONTEXT_PARALLEL is 4"),
         ({"LENGTHS": "4096,8192"}, "LENGTHS has '4096,8192'; it must hold numbers of tokens"),
         ({"LENGTHS": " "}, "LENGTHS is empty"),
     ],

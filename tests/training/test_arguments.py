@@ -12,6 +12,7 @@ import torch
 
 from megatron_msa.data.byte_tokenizer import write_byte_tokenizer
 from megatron_msa.data.corpus import Document
+from megatron_msa.data.metadata import load_tokenizer, tokenizer_config_from_args, tokenizer_fingerprint
 from megatron_msa.data.preprocess import write_dataset
 from megatron_msa.errors import ConfigError
 from megatron_msa.model.gpt import MSAModelConfig
@@ -67,6 +68,12 @@ def resolve(data: Path, monkeypatch: pytest.MonkeyPatch) -> Resolve:
         return args, arguments.model_config_from_args(args)
 
     return resolve
+
+
+def test_checkpoints_keep_the_fingerprint_of_the_tokenizer(resolve: Resolve) -> None:
+    args, _ = resolve()
+    tokenizer = load_tokenizer(tokenizer_config_from_args(args))
+    assert args.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
 
 
 def assert_refused(resolve: Resolve, message: str, *flags: str, **settings: Any) -> None:
