@@ -126,11 +126,14 @@ def test_a_signal_to_all_processes_of_a_job_does_not_harm_the_last_save(
 ) -> None:
     (process,) = pretrain.start(tmp_path, *FLAGS, *SAVING, *BACKGROUND, *ENDLESS, "--exit-signal-handler")
 
+    def has_stepped() -> bool:
+        return process.stdout_file.exists() and "iteration        1/" in process.stdout
+
     def is_there() -> bool:
         if moment == "the worker's start":
             return any("spawn_main" in command for command in children(process.pid).values())
         if moment == "the first step":
-            return "iteration        1/" in process.stdout
+            return has_stepped()
         return saved(tmp_path) != ""
 
     wait_for(is_there, moment)
@@ -138,7 +141,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_harm_the_last_save(
         # The run itself can be asked to stop only once it trains.
         for pid in children(process.pid):
             os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: "iteration        1/" in process.stdout, "the first step")
+        wait_for(has_stepped, "the first step")
     for pid in (*children(process.pid), process.pid):
         os.kill(pid, signal.SIGTERM)
     run = pretrain.finish([process], tmp_path)
