@@ -48,6 +48,12 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def saved_iterations(folder: Path) -> list[int]:
+    """Iterations that have a folder in --save of a run, newest first; complete or not."""
+    names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.iterdir())
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
 def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
     """The iteration to load, and what is wrong with those that are newer.
 
@@ -64,8 +70,7 @@ def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
     tracker = folder / _TRACKER
     if not tracker.is_file() or (text := tracker.read_text().strip()) == "release":
         return None, []
-    names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.iterdir())
-    iterations = sorted((int(name[1]) for name in names if name), reverse=True)
+    iterations = saved_iterations(folder)
     if not text.isdecimal():
         complete = (each for each in iterations if damage(folder / f"iter_{each:07d}") is None)
         newest = next(complete, None)

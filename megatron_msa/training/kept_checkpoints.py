@@ -7,11 +7,12 @@ complete. One that is damaged later then leaves nothing to resume from but the l
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
 from megatron.training import checkpointing
+
+from megatron_msa.checkpoint.newest import saved_iterations
 
 
 def keep_newest(count: int, retain_interval: int) -> None:
@@ -34,6 +35,9 @@ def keep_newest(count: int, retain_interval: int) -> None:
 
 def superseded(folder: Path, before_newest: int, count: int, retain_interval: int) -> list[int]:
     """Iterations whose checkpoints are to go when a newer one than ``before_newest`` is complete."""
-    names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.iterdir() if not path.is_symlink())
-    older = sorted((int(name[1]) for name in names if name and int(name[1]) <= before_newest), reverse=True)
+    older = [
+        iteration
+        for iteration in saved_iterations(folder)
+        if iteration <= before_newest and not (folder / f"iter_{iteration:07d}").is_symlink()
+    ]
     return [iteration for iteration in older[count - 1 :] if iteration % retain_interval]

@@ -3,7 +3,8 @@
 Every save needs a process that serves a queue; `--async-save` adds a worker that lives as long as the run,
 copies the state and writes it while training goes on. Without these corrections both outlive a training
 process that is killed, both are ended by the SIGTERM that a scheduler sends to all processes of a job (the
-save that follows then fails), and a worker that died is waited for without end.
+save that follows then fails), a worker that died is waited for without end, and one that lives writes tensors
+of the CPU as later steps leave them.
 """
 
 import atexit
