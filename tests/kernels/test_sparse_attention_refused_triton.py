@@ -44,7 +44,7 @@ def test_more_blocks_than_can_be_sorted_are_refused_before_any_work():
         ({"value_dim": 128}, "the head dim of v is 128"),
         ({"index_dim": 32}, "the index head dim is 32"),
         ({"block_size": 32}, "the block size is 32"),
-        ({"heads": 3}, "there are 3 query heads per group"),
+        ({"heads": 17}, "there are 17 query heads per group; supported are 1 to 16"),
         ({"slots": 65}, "there are 65 blocks per query"),
     ],
     ids=str,

@@ -24,15 +24,16 @@ from msa_kernels.sparse_attention.triton_sums import sum_groups
 
 # Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
 MAX_PARTIAL_BYTES = 3 * 2**30
-# Score rows (query positions times heads of a group) that one program works through. Larger spares loads of
-# the block and sums of its gradient, smaller spreads hot blocks better and evens out the end of a kernel.
+# Score rows (query positions times heads of a group, rounded up to a power of two) that one program works
+# through. Larger spares loads of the block and sums of its gradient, smaller spreads hot blocks better and
+# evens out the end of a kernel.
 ROWS_PER_ITEM = 8192
 # Chunks of queries start at multiples of this, so that pointers keep the alignment they were compiled for.
 CHUNK_MULTIPLE = 64
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
-GROUP_SIZES = (1, 2, 4, 8, 16)
+MAX_GROUP_SIZE = 16
 MAX_SLOTS = 64
 
 
@@ -74,8 +75,8 @@ def refusal(
         return f"the index head dim is {index_q.shape[2]}; supported are {HEAD_DIMS}"
     if block_size not in BLOCK_SIZES:
         return f"the block size is {block_size}; supported are {BLOCK_SIZES}"
-    if group not in GROUP_SIZES:
-        return f"there are {group} query heads per group; supported are {GROUP_SIZES}"
+    if group > MAX_GROUP_SIZE:
+        return f"there are {group} query heads per group; supported are 1 to {MAX_GROUP_SIZE}"
     if block_ids.shape[2] > MAX_SLOTS:
         return f"there are {block_ids.shape[2]} blocks per query; at most {MAX_SLOTS} are supported"
     blocks, most = KeyBlockTable.size(layout, k.shape[0], block_size), max_blocks(group, block_ids.shape[2])
@@ -274,6 +275,6 @@ def _chunks(
             blocks,
             group=group,
             block_size=settings.block_size,
-            entries_per_item=ROWS_PER_ITEM // group,
+            entries_per_item=ROWS_PER_ITEM // triton.next_power_of_2(group),
         )
         yield rows, schedule

@@ -27,7 +27,8 @@ from msa_kernels.common.layout import DocumentLayout
 # Kinds of used entries in the order in which they lie within a bucket, and values of ``Schedule.kind``.
 REST, SHARED, OWN, UNUSED = 0, 1, 2, 3
 KINDS = 3
-# Rows of a tile (queries times heads of the group), and the most queries: one bit of an int32 for each.
+# Rows of a tile (queries times heads of the group, rounded up to a power of two), and the most queries: one
+# bit of an int32 for each.
 TILE_ROWS = 128
 MAX_TILE_QUERIES = 32
 # Where the numbers of _sums_over_equal_blocks begin. Sums over at most 2,048 lanes, MAX_TILE_QUERIES times
@@ -68,7 +69,7 @@ def _block_table_kernel(
 
 
 def _tile_queries(group: int) -> int:
-    return min(MAX_TILE_QUERIES, TILE_ROWS // group)
+    return min(MAX_TILE_QUERIES, TILE_ROWS // triton.next_power_of_2(group))
 
 
 def _lanes(group: int, slots: int) -> int:

@@ -69,23 +69,30 @@ def load_gathered_rows(source, row, inside, DIM: tl.constexpr):
 def entries_of_rows(
     entries, start, end, group, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, ROWS: tl.constexpr
 ):
-    """What the rows of a tile stand for; row i is head i % G of the entry at place start + i // G.
+    """What the rows of a tile stand for; row i is head i % P of the entry at place start + i // P.
 
-    Returns entry, query (int64), query head, and whether the row exists.
+    P is G rounded up to a power of two, as sizes of tiles are. The rows of heads from G on do not exist.
+
+    Returns entry, query (int64), head within the group, and whether the row exists.
     """
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
     row = tl.arange(0, ROWS)
-    place = start + row // GROUP
-    inside = place < end
+    place = start + row // PADDED_GROUP
+    head = row % PADDED_GROUP
+    inside = (place < end) & (head < GROUP)
     entry = tl.load(entries + place, mask=inside, other=0)
-    return entry, (entry // ENTRIES_PER_QUERY).to(tl.int64), group * GROUP + row % GROUP, inside
+    return entry, (entry // ENTRIES_PER_QUERY).to(tl.int64), head, inside
 
 
 @triton.jit
 def mean_over_heads(tile, GROUP: tl.constexpr):
-    """Mean over the G neighbouring columns of each query position: [B, positions * G] -> [B, positions]."""
+    """Mean over the heads of each query position: [B, positions * P] -> [B, positions], with P as in
+    ``entries_of_rows``. Columns of heads that do not exist are 0.
+    """
     if GROUP == 1:
         return tile
-    split = tl.reshape(tile, [tile.shape[0], tile.shape[1] // GROUP, GROUP])
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
+    split = tl.reshape(tile, [tile.shape[0], tile.shape[1] // PADDED_GROUP, PADDED_GROUP])
     return tl.sum(split, 2) / GROUP
 
 
