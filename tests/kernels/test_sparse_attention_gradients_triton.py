@@ -136,6 +136,32 @@ def test_a_second_run_with_activation_recomputation_agrees_in_every_bit():
 
 
 @needs_triton
+def test_hooks_on_saved_tensors_may_move_all_that_the_backward_pass_needs(monkeypatch):
+    from msa_kernels.sparse_attention import triton_op
+
+    monkeypatch.setattr(triton_op, "MAX_PARTIAL_BYTES", 1)  # two chunks of queries, each with a schedule
+    layout, inputs, block_ids = small_call()
+    schedules = []
+
+    def move(tensor):
+        if not tensor.is_floating_point():
+            schedules.append(tensor)
+        return tensor.clone()
+
+    def gradients_of(found, leaves):
+        return torch.autograd.grad(found.out.float().sum() + found.kl.sum(), leaves)
+
+    leaves = inputs.clones()
+    expected = gradients_of(attend_small(leaves, block_ids, layout), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(move, lambda moved: moved):
+        found = attend_small(leaves, block_ids, layout)
+    assert [tensor.shape for tensor in schedules if tensor.dtype == torch.int8] == [(64, 1, 2), (26, 1, 2)]
+    for tensor in schedules:
+        tensor.zero_()  # reading it, and not the copy, shows
+    assert all(torch.equal(a, b) for a, b in zip(gradients_of(found, leaves), expected, strict=True))
+
+
+@needs_triton
 def test_no_queries_attend_to_nothing():
     layout, inputs, block_ids = small_call()
     leaves = Inputs(*(t[:0] if n in ("q", "index_q") else t for n, t in inputs._asdict().items())).clones()

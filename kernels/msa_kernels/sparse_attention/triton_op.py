@@ -140,10 +140,12 @@ class _SparseAttention(torch.autograd.Function):
             # queries, and kernels are compiled for the alignment of their pointers.
             kl, index_lse = (lse.new_empty(q.shape[0], k.shape[1]) for _ in range(2))
         # A schedule is small (5 bytes an entry): kept for the backward pass, where it is the same.
-        chunks = []
+        chunks, of_schedules = [], []
         for rows, schedule in _chunks(q, k, block_ids, layout, settings):
             if any(ctx.needs_input_grad):
-                chunks.append((rows, schedule))
+                tensors, rebuild = schedule.flatten()
+                chunks.append((rows, rebuild))
+                of_schedules += tensors
             triton_forward.attend(
                 q[rows], k, v, schedule, out[rows], lse[rows], softmax_scale=settings.softmax_scale
             )
@@ -171,7 +173,7 @@ class _SparseAttention(torch.autograd.Function):
                     index_lse[rows],
                     index_softmax_scale=settings.index_softmax_scale,
                 )
-        ctx.save_for_backward(q, k, v, index_q, index_k, out, lse, index_lse)
+        ctx.save_for_backward(q, k, v, index_q, index_k, out, lse, index_lse, *of_schedules)
         ctx.chunks = chunks
         ctx.settings = settings
         constant = [lse]
@@ -186,7 +188,8 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Any, _: None, dkl: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, index_q, index_k, out, lse, index_lse = ctx.saved_tensors
+        q, k, v, index_q, index_k, out, lse, index_lse, *of_schedules = ctx.saved_tensors
+        tensors = iter(of_schedules)
         settings = ctx.settings
         attention = dout is not None and any(ctx.needs_input_grad[:3])
         index = dkl is not None and any(ctx.needs_input_grad[3:5])
@@ -212,7 +215,8 @@ class _SparseAttention(torch.autograd.Function):
             top = torch.linalg.vector_norm(dkl, math.inf) if dkl.numel() else dkl.new_zeros(())
             top = top.clamp(min=1e-37)
             dkl = (dkl / top).contiguous()
-        for rows, schedule in ctx.chunks:
+        for rows, rebuild in ctx.chunks:
+            schedule = rebuild(tensors)
             teacher = triton_kl.new_teacher(schedule) if index else None
             if attention:
                 triton_backward.add_attention_gradients(
