@@ -6,6 +6,8 @@ B block size, E entries (see triton_schedule.py).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,8 @@ from msa_kernels.sparse_attention.triton_tiles import (
 # Rows of a score tile (query positions times heads of the group) and how the compiler runs it. Two programs
 # of four warps share a multiprocessor, so that one's softmax runs beside the other's products.
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
+# Releases of Triton whose Gluon hopper_forward.py has been run with.
+GLUON_VERSIONS = ("3.6.",)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item"])
@@ -95,6 +99,18 @@ def _combine_kernel(
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
 
 
+def hopper_kernels(q: Tensor, group: int) -> ModuleType | None:
+    """``hopper_forward``, if these queries, of ``group`` heads per group, can take its way."""
+    # Gluon changes from one release of Triton to the next, and has no interpreter.
+    if triton.knobs.runtime.interpret or not triton.__version__.startswith(GLUON_VERSIONS):
+        return None
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return None
+    from msa_kernels.sparse_attention import hopper_forward
+
+    return hopper_forward if group in hopper_forward.GROUP_SIZES else None
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, out: Tensor, lse: Tensor, *, softmax_scale: float
 ) -> None:
@@ -116,11 +132,14 @@ def attend(
     partial_out = torch.empty(num_entries, group, dim, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(num_entries, group, dtype=torch.float32, device=q.device)
     attend_shared(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
-    _attend_rest_kernel[(schedule.max_items,)](
-        q, k, v, *schedule.arguments, partial_out, partial_lse,
-        softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
-        BLOCK=schedule.block_size, **TILE,
-    )  # fmt: skip
+    if hopper := hopper_kernels(q, group):
+        hopper.attend_rest(q, k, v, schedule, partial_out, partial_lse, softmax_scale=softmax_scale)
+    else:
+        _attend_rest_kernel[(schedule.max_items,)](
+            q, k, v, *schedule.arguments, partial_out, partial_lse,
+            softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
+            BLOCK=schedule.block_size, **TILE,
+        )  # fmt: skip
     _combine_kernel[(q.shape[0] * groups,)](
         partial_out, partial_lse, schedule.kind, out, lse,
         GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim, num_warps=4,

@@ -48,6 +48,27 @@ def find_item(
 
 
 @triton.jit
+def bounds_of_rest(
+    number, edges, last_extra, extra_bucket, first_keys, num_blocks, num_buckets, entries_per_item
+):
+    """What an item has of kind REST: first entry, end, packed number of the block's first key, group."""
+    is_first = number < num_buckets
+    extra = number - num_buckets
+    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
+    exists = bucket >= 0
+    bucket = tl.maximum(bucket, 0)
+    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
+    begin = tl.load(edges + 3 * bucket) + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
+    end = tl.minimum(begin + entries_per_item, tl.load(edges + 3 * bucket + 1))
+    return (
+        begin,
+        tl.where(exists, end, begin),
+        tl.load(first_keys + bucket % num_blocks),
+        bucket // num_blocks,
+    )
+
+
+@triton.jit
 def load_key_tile(
     source, first_key, num_keys, group, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
