@@ -106,6 +106,13 @@ def make_data(options: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(write_byte_tokenizer(data / "tokenizer"))
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.save_pretrained(data / "tokenizer")
+    command = [
+        *(sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--builtin-corpus"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(data / "tokenizer")),
+        *("--output-prefix", str(data / "text")),
+        *(("--max-bytes", "200000") if options.tiny else ()),
+    ]
+    text = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # while the pages are made
     found, rng = photographs(), random.Random(1)
     writer = PageWriter(found, paragraphs(100 if options.tiny else 2000), (200, 620), (3, 6))
     if options.tiny:
@@ -119,13 +126,7 @@ def make_data(options: argparse.Namespace) -> int:
     captions = {"val": writer.captions("caption", few, rng)}
     write_dataset(data / "captions", captions, samples_per_shard=few, suffix="jpg")
     print(f"     {options.pages} pages with parts of {len(found)} photographs", flush=True)
-    command = [
-        *(sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--builtin-corpus"),
-        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(data / "tokenizer")),
-        *("--output-prefix", str(data / "text")),
-        *(("--max-bytes", "200000") if options.tiny else ()),
-    ]
-    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    return text.wait()
 
 
 def train(name: str, options: argparse.Namespace) -> int:
