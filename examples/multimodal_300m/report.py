@@ -81,7 +81,7 @@ def _speed(steps: Sequence[Row]) -> dict[str, Any]:
     figures["visual_share"] = figures["visual_tokens"] / tokens
     if "encoder_seconds" in steps[0]:
         encoder = [row["encoder_seconds"] for row in steps]
-        figures["median_encoder_seconds"] = statistics.median(encoder)
+        figures["mean_encoder_seconds"] = statistics.fmean(encoder)
         figures["encoder_share"] = sum(encoder) / sum(seconds)
     return figures
 
@@ -103,7 +103,7 @@ def table(found: dict[str, Any]) -> str:
                 continue
             encoder = "".rjust(17)
             if "encoder_share" in figures:
-                encoder = f"{figures['median_encoder_seconds']:>8.3f} s{figures['encoder_share']:>7.1%}"
+                encoder = f"{figures['mean_encoder_seconds']:>8.3f} s{figures['encoder_share']:>7.1%}"
             speed = figures["mean_tokens_per_second" if kind == "mixed" else "tokens_per_second"]
             losses = "{:.3f} -> {:.3f}".format(*figures["losses"]) if "losses" in figures else ""
             lines.append(
