@@ -100,8 +100,8 @@ def _combine_kernel(
             slot_kind = tl.load(kind + query_group * SLOTS + slot_number, mask=slot_number < SLOTS, other=3)
             use = exists & (slot_kind == 0)
             lses = lses + (tl.load(partial_lse + row, mask=use, other=float("-inf")),)  # type: ignore[assignment]  # noqa: RUF005
-            pointers = partial_out + row[:, None] * DIM + dims[None, :]
-            parts = parts + (tl.load(pointers, mask=use[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+            part = partial_out + row[:, None] * DIM + dims[None, :]
+            parts = parts + (tl.load(part, mask=use[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         for each in tl.static_range(AT_ONCE):
             sum_out += tl.exp2(lses[each] - total)[:, None] * parts[each].to(tl.float32)
     tl.store(out_pointers, sum_out.to(out.dtype.element_ty), mask=exists[:, None])
