@@ -9,21 +9,23 @@ together; the segments of a microbatch are dealt over the context-parallel ranks
 and every embedding travels to the rank that holds its token (`exchange`).
 
 A microbatch without visuals gives exactly what the text model gives. A rank that has nothing to encode in
-training encodes one blank token, which nothing reads: Megatron's overlapped reduction of gradients waits for
-every parameter, and its overlapped gathering of parameters for the forward pass of every module, on all
-data-parallel ranks in the same order.
+training encodes one blank token, which nothing reads, where something waits for it: Megatron's overlapped
+reduction of gradients waits for every parameter, and its overlapped gathering of parameters for the forward
+pass of every module, on all data-parallel ranks in the same order.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-from megatron.core.utils import get_pg_rank, get_pg_size
-from torch import Tensor
+from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
+from torch import Tensor, nn
 
 from megatron_msa.attention.kl_loss import attach_loss
 from megatron_msa.attention.packing import token_layout
@@ -40,12 +42,17 @@ class MultimodalGPT(GPTModel):
     Args:
         vision: settings of the encoder.
         args, kwargs: of `GPTModel`.
+
+    Attributes:
+        vision_model: the encoder with its projector; None on later pipeline stages.
+        runs_idle_encoder: whether the encoder runs in training when there is nothing to encode.
     """
 
     def __init__(self, *args: Any, vision: VisionConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vision = vision
         self.vision_model: VisionModel | None = None
+        self.runs_idle_encoder = True
         if self.pre_process:
             # Behind the backbone, whose random initial values are then those of the text model.
             self.vision_model = VisionModel(vision, self.config, self.pg_collection)
@@ -140,9 +147,9 @@ class MultimodalGPT(GPTModel):
         return words.reshape(-1, hidden).index_copy(0, rows, visuals).view(length, batch, hidden)
 
     def _encode_nothing(self, output: Tensor) -> Tensor:
-        """``output`` unchanged; in training the encoder has run, and gets zero gradients."""
+        """``output`` unchanged; if it ``runs_idle_encoder``, the encoder has run and gets zero gradients."""
         assert self.vision_model is not None
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self.runs_idle_encoder):
             return output
         merge = self.vision.vision_merge_size
         # Blank patches have finite features and derivatives (norms divide by the root of their epsilon), so
@@ -150,3 +157,19 @@ class MultimodalGPT(GPTModel):
         blank = output.new_zeros(merge * merge, self.vision.patch_values)
         features = self.vision_model(blank, [Segment(start=0, t=1, h=merge, w=merge, tokens=1)])
         return attach_loss(output, features.float().sum() * 0.0)
+
+
+def let_encoder_idle(model: Sequence[nn.Module], args: Namespace) -> None:
+    """Spare the encoder its blank token where nothing waits for its parameters.
+
+    Args:
+        model: the chunks of this rank, in Megatron's wrappers.
+        args: Megatron's.
+    """
+    for chunk in model:
+        language = unwrap_model(chunk)
+        if isinstance(language, MultimodalGPT):
+            # Context-parallel ranks exchange embeddings backward too, also those without a segment.
+            language.runs_idle_encoder = (
+                args.overlap_grad_reduce or args.overlap_param_gather or args.context_parallel_size > 1
+            )

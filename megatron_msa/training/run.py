@@ -19,6 +19,7 @@ from megatron_msa.attention.layer_metrics import msa_layers
 from megatron_msa.data.batch import Batch
 from megatron_msa.data.multimodal.counts import DataCounts
 from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
+from megatron_msa.model.multimodal import let_encoder_idle
 from megatron_msa.phases import Phase, PhaseSchedule
 from megatron_msa.training.console import StepLine
 from megatron_msa.training.encoder_time import EncoderTime
@@ -124,6 +125,7 @@ class TrainingRun:
             self.index_start.finish(model, optimizer)
         if self.vision_start is not None:
             self.vision_start.finish(model, optimizer)
+        let_encoder_idle(model, self.args)
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
             if self.args.log_encoder_time and self.patches is not None:

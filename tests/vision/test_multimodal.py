@@ -1,5 +1,6 @@
 """What an image may change in a language model, and what a microbatch without images may not."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_msa.errors import ConfigError
-from megatron_msa.model.multimodal import MultimodalGPT
+from megatron_msa.model.multimodal import MultimodalGPT, let_encoder_idle
 from megatron_msa.model.vision.inputs import VisualInput, placeholder_mask
 from megatron_msa.model.vision.segments import cut_into_segments
 from tests.attention.tiny import (
@@ -89,6 +90,27 @@ class TestTextOnly:
             assert parameter.requires_grad == trained, name
             assert (parameter.grad is not None) == trained, name
             assert parameter.grad is None or not parameter.grad.any(), name
+
+    @pytest.mark.parametrize(
+        ("flag", "waits"),
+        [
+            ({}, False),
+            ({"overlap_grad_reduce": True}, True),
+            ({"overlap_param_gather": True}, True),
+            ({"context_parallel_size": 2}, True),
+        ],
+    )
+    def test_the_encoder_is_idle_where_nothing_waits_for_it(self, flag: dict[str, Any], waits: bool) -> None:
+        model = multimodal()
+        flags = {"overlap_grad_reduce": False, "overlap_param_gather": False, "context_parallel_size": 1}
+        let_encoder_idle([model], Namespace(**flags | flag))
+        calls = []
+        model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+        tokens, _ = random_tokens()
+        run(model, tokens, None).sum().backward()
+        assert len(calls) == waits
+        gradients = [parameter.grad for parameter in model.vision_model.parameters()]
+        assert [each is not None for each in gradients] == [waits] * len(gradients)
 
     def test_an_empty_list_of_visuals_is_no_visual(self) -> None:
         model = multimodal()
