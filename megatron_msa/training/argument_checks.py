@@ -48,6 +48,8 @@ def check_flags(args: argparse.Namespace, *, has_gpu: bool) -> None:
         )
     if args.vision_mode != "none":
         _check_vision(args)
+    elif args.log_encoder_time:
+        raise ConfigError("--log-encoder-time without a vision encoder to measure: add --vision-mode")
     check_layout(args)
     if args.save and not args.save_interval:
         raise ConfigError("--save is set without --save-interval; say every how many iterations to save")

@@ -74,6 +74,12 @@ def add_msa_arguments(parser: argparse.ArgumentParser, *, has_gpu: bool) -> argp
         default="megatron",
         help="Console line of a logged step: Megatron's own with the MSA values added, or one short line.",
     )
+    group.add_argument(
+        "--log-encoder-time",
+        action="store_true",
+        help="With --vision-mode: measure the vision encoder's forward and backward pass in every step "
+        "(encoder_seconds in the metrics).",
+    )
     # NVIDIA's internal tracker: Megatron asks for it by default, and warns where it is not installed.
     parser.set_defaults(enable_one_logger=argument_checks.is_installed("one_logger"))
     parser.set_defaults(**megatron_fixes.argument_defaults(has_gpu=has_gpu))

@@ -13,7 +13,9 @@ Rows have an ``event`` and an ``iteration``, the number of finished steps. NaN a
   ``score_recall``, ``selection_entropy``, ``local_block_share`` and ``first_block_share``, each the mean over
   layers. ``<name>_per_layer`` maps layer numbers (from 1) to values. With --multimodal-data-path ``data`` has
   the sums since the row before it: ``sequences``, ``documents`` (multimodal samples), ``visuals`` (images and
-  videos), ``visual_tokens``, ``padding_tokens`` and ``skipped_samples`` (see --multimodal-on-error).
+  videos), ``visual_tokens``, ``padding_tokens`` and ``skipped_samples`` (see --multimodal-on-error). With
+  --log-encoder-time ``encoder_seconds`` per step, of the vision encoder with its projector, forward and
+  backward, on the rank where they took longest.
 - ``validation`` and ``test``: ``lm_loss`` and the ``phase`` in which it was evaluated.
 """
 

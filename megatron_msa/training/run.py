@@ -21,6 +21,7 @@ from megatron_msa.data.multimodal.counts import DataCounts
 from megatron_msa.model.gpt import MSAModelConfig, padded_vocab_size, rotary_dims
 from megatron_msa.phases import Phase, PhaseSchedule
 from megatron_msa.training.console import StepLine
+from megatron_msa.training.encoder_time import EncoderTime
 from megatron_msa.training.hardware import peak_bf16_tflops
 from megatron_msa.training.index_start import IndexBranchStart
 from megatron_msa.training.kept_checkpoints import keep_newest
@@ -84,6 +85,7 @@ class TrainingRun:
         self.patches: EncodedPatches | None = None
         if model_config.vision is not None:
             self.patches = EncodedPatches(model_config.vision, self.config.hidden_size)
+        self.encoder_time: EncoderTime | None = None
         self.totals = StepTotals()
         self.data_counts = DataCounts() if getattr(args, "multimodal_data_path", None) else None
         """Of multimodal data, filled by its loader."""
@@ -124,7 +126,10 @@ class TrainingRun:
             self.vision_start.finish(model, optimizer)
         if optimizer is not None:
             self.step = PhaseAwareStep(model, optimizer)
-            keep_in_reruns(model, [self.pairs, *([self.patches] if self.patches else [])])
+            if self.args.log_encoder_time and self.patches is not None:
+                self.encoder_time = EncoderTime(model)
+            counters = [self.pairs, self.patches, self.encoder_time]
+            keep_in_reruns(model, [each for each in counters if each is not None])
             if self.args.save_retain_interval:
                 keep_newest(self.args.keep_newest_checkpoints, self.args.save_retain_interval)
         for line in self.schedule.describe():
@@ -259,6 +264,10 @@ class TrainingRun:
             peak_tflops=peak_bf16_tflops(torch.cuda.get_device_name()),
             vision_flops=vision_flops,
         )
+        if self.encoder_time is not None:
+            row["encoder_seconds"] = self.encoder_time.seconds_per_step(
+                totals.steps, torch.cuda.current_device()
+            )
         return row | memory()
 
     def _write_step(self, row: dict[str, Any]) -> None:
@@ -307,4 +316,5 @@ _SCALARS = (
     "tflops_executed",
     "tflops_dense_equivalent",
     "mfu",
+    "encoder_seconds",
 )

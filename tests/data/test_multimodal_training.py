@@ -40,7 +40,7 @@ def values(run: Run) -> list[tuple]:
 def test_a_run_resumed_in_mid_epoch_repeats_the_uninterrupted_one_bit_for_bit(
     pretrain: Pretraining, flags: list[str], tmp_path: Path
 ) -> None:
-    uninterrupted = pretrain(tmp_path / "uninterrupted", *flags)
+    uninterrupted = pretrain(tmp_path / "uninterrupted", *flags, "--log-encoder-time")
     save = ["--save", "checkpoints", "--save-interval", str(SAVED)]
     pretrain(tmp_path, *flags, *save, "--exit-interval", str(SAVED))
     resumed = pretrain(tmp_path, *flags, *save, "--load", "checkpoints")
@@ -49,6 +49,7 @@ def test_a_run_resumed_in_mid_epoch_repeats_the_uninterrupted_one_bit_for_bit(
     assert values(resumed) == values(uninterrupted)
     data = [row["data"] for row in uninterrupted.steps.values()]
     assert all(row["sequences"] == 4 and row["skipped_samples"] == 0 for row in data)
+    assert all(0 < row["encoder_seconds"] < row["seconds"] for row in uninterrupted.steps.values())
     # Half of the sequences are multimodal.
     assert all(row["documents"] == row["visuals"] > 0 for row in data)
 

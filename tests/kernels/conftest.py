@@ -13,11 +13,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "ker
 
 @pytest.fixture
 def poisoned_buffers(monkeypatch):
-    """Fills what torch.empty returns, so that an element that a kernel leaves unwritten shows."""
-    empty = torch.empty
+    """Fills what torch.empty and its kin return, so that an element that a kernel leaves unwritten shows."""
 
-    def poisoned(*size, **options):
-        tensor = empty(*size, **options)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else 123_456_789)
+    def poisoning(make):
+        def make_poisoned(*args, **options):
+            tensor = make(*args, **options)
+            tensor.detach().fill_(math.nan if tensor.is_floating_point() else 99)
+            return tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return make_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))

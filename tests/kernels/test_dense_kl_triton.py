@@ -5,47 +5,22 @@ never sees the library kernels, which exist on a GPU only.
 """
 
 import dataclasses
-import math
 
 import pytest
 import torch
-from kernel_oracles import Inputs, packed_layout, random_inputs
-from msa_kernels import DocumentLayout, dense_kl
-from test_sparse_attention_triton import (
+from attention_checks import (
+    DTYPES,
     assert_error_at_most_twice,
     make_inputs,
+    on_device,
     outputs_and_gradients,
     straightforward,
 )
+from kernel_oracles import Inputs, packed_layout, random_inputs
+from msa_kernels import DocumentLayout, dense_kl
 from triton_interpreter import DEVICE, needs_triton
 
-DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_buffers(monkeypatch):
-    """Fills what torch.empty returns, so that an element that a kernel leaves unwritten shows."""
-
-    def poisoning(make):
-        def make_poisoned(*args, **options):
-            tensor = make(*args, **options)
-            tensor.detach().fill_(math.nan if tensor.is_floating_point() else 99)
-            return tensor
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
-
-
-def on_device(layout):
-    moved = {
-        field.name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for field in dataclasses.fields(layout)
-        for value in [getattr(layout, field.name)]
-    }
-    return DocumentLayout(**moved)
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 def run(leaves, layout, kl_teacher="group_mean"):

@@ -113,6 +113,7 @@ def assert_refused(resolve: Resolve, message: str, *flags: str, **settings: Any)
             "--global-batch-size 3 --micro-batch-size 2",
             "--global-batch-size 3 is not divisible by --micro-batch-size 2",
         ),
+        ("--log-encoder-time", "--log-encoder-time without a vision encoder"),
         ("--vision-mode train", "--vision-mode train needs --calculate-per-token-loss"),
         ("--vision-mode train --calculate-per-token-loss", "--vision-image-token-id is missing"),
         ("--vision-mode freeze --calculate-per-token-loss", "an encoder of random weights"),

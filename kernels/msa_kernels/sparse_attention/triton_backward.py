@@ -48,11 +48,12 @@ def _differentiate(
     """Gradients from the entries begin .. end of one bucket; returns sum_dk and sum_dv with theirs added."""
     keys = tl.arange(0, BLOCK)
     dims = tl.arange(0, DIM)
-    for start in tl.range(begin, end, ROWS // GROUP):
+    POSITIONS: tl.constexpr = ROWS // triton.next_power_of_2(GROUP)
+    for start in tl.range(begin, end, POSITIONS):
         entry, query, head, inside = entries_of_rows(
             entries, start, end, group, GROUP, ENTRIES_PER_QUERY, ROWS
         )
-        row = query * HEADS + head
+        row = query * HEADS + (group * GROUP + head)
         q_tile = load_gathered_rows(q, row, inside, DIM)
         dout_tile = load_gathered_rows(dout, row, inside, DIM)
         lse_log2 = tl.load(lse + row, mask=inside, other=float("inf")) * 1.4426950408889634
@@ -65,7 +66,7 @@ def _differentiate(
         p = tl.exp2(log_p)
         sum_dv = tl.dot(p.to(dout_tile.dtype), dout_tile, sum_dv)
         if WITH_TEACHER:
-            place = start + tl.arange(0, ROWS // GROUP)
+            place = start + tl.arange(0, POSITIONS)
             pointers = teacher + place.to(tl.int64)[None, :] * BLOCK + keys[:, None]
             tl.store(pointers, mean_over_heads(p, GROUP), mask=place[None, :] < end)
         dp = tl.dot(value_tile, tl.trans(dout_tile))
@@ -73,7 +74,7 @@ def _differentiate(
         sum_dk = tl.dot(ds, q_tile, sum_dk)
         # Scaled before it is rounded: without, fp16 overflows ten times as early as the gradient itself.
         dq = tl.dot(tl.trans(ds), key_tile) * scale
-        partial_row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
+        partial_row = entry.to(tl.int64) * GROUP + head
         pointers = partial_dq + partial_row[:, None] * DIM + dims[None, :]
         tl.store(pointers, dq.to(partial_dq.dtype.element_ty), mask=inside[:, None])
     return sum_dk, sum_dv

@@ -6,6 +6,8 @@ B block size, E entries (see triton_schedule.py).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,8 @@ from msa_kernels.sparse_attention.triton_tiles import (
 # Rows of a score tile (query positions times heads of the group) and how the compiler runs it. Two programs
 # of four warps share a multiprocessor, so that one's softmax runs beside the other's products.
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
+# Releases of Triton whose Gluon hopper_forward.py has been run with.
+GLUON_VERSIONS = ("3.6.",)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item"])
@@ -43,18 +47,18 @@ def _attend_rest_kernel(
     key_tile = load_key_tile(k, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
     value_tile = load_key_tile(v, first_key, num_keys, group, HEADS // GROUP, DIM, BLOCK)
     dims = tl.arange(0, DIM)
-    for start in tl.range(begin, end, ROWS // GROUP):
+    for start in tl.range(begin, end, ROWS // triton.next_power_of_2(GROUP)):
         entry, query, head, inside = entries_of_rows(
             entries, start, end, group, GROUP, ENTRIES_PER_QUERY, ROWS
         )
-        q_tile = load_gathered_rows(q, query * HEADS + head, inside, DIM)  # [ROWS, d]
+        q_tile = load_gathered_rows(q, query * HEADS + (group * GROUP + head), inside, DIM)  # [ROWS, d]
         # No mask: the queries lie behind the block, which then has all its keys.
         scores = tl.dot(q_tile, tl.trans(key_tile))  # [ROWS, B]
         top = tl.max(scores, 1) * scale_log2
         weights = tl.exp2(scores * scale_log2 - top[:, None])
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(value_tile.dtype), value_tile) * (1.0 / total)[:, None]
-        row = entry.to(tl.int64) * GROUP + tl.arange(0, ROWS) % GROUP
+        row = entry.to(tl.int64) * GROUP + head
         pointers = partial_out + row[:, None] * DIM + dims[None, :]
         tl.store(pointers, out.to(partial_out.dtype.element_ty), mask=inside[:, None])
         tl.store(partial_lse + row, top + tl.log2(total), mask=inside)
@@ -71,26 +75,40 @@ def _combine_kernel(
     is_rest = tl.load(kind + query_group * SLOTS + slot, mask=slot < SLOTS, other=3) == 0
     if tl.max(is_rest.to(tl.int32), 0) == 0:
         return
-    head = tl.arange(0, GROUP)
+    head = tl.arange(0, triton.next_power_of_2(GROUP))
+    exists = head < GROUP
     dims = tl.arange(0, DIM)
     pointers = partial_lse + (query_group * SLOTS + slot[:, None]) * GROUP + head[None, :]
-    slot_lse = tl.load(pointers, mask=is_rest[:, None], other=float("-inf"))  # [slots, G]
-    shared_lse = tl.load(lse + query_group * GROUP + head) * 1.4426950408889634
+    slot_lse = tl.load(pointers, mask=is_rest[:, None] & exists[None, :], other=float("-inf"))  # [slots, G]
+    shared_lse = tl.load(lse + query_group * GROUP + head, mask=exists, other=0.0) * 1.4426950408889634
     top = tl.maximum(tl.max(slot_lse, 0), shared_lse)
     total = tl.sum(tl.exp2(slot_lse - top[None, :]), 0) + tl.exp2(shared_lse - top)
     total = top + tl.log2(total)
 
     out_pointers = out + (query_group * GROUP + head[:, None]) * DIM + dims[None, :]
-    sum_out = tl.exp2(shared_lse - total)[:, None] * tl.load(out_pointers).to(tl.float32)
+    shared_out = tl.load(out_pointers, mask=exists[:, None], other=0.0).to(tl.float32)
+    sum_out = tl.exp2(shared_lse - total)[:, None] * shared_out
     for slot_number in tl.range(0, SLOTS):
         row = (query_group * SLOTS + slot_number) * GROUP + head
         # Other slots hold whatever was in memory: not read.
-        use = tl.load(kind + query_group * SLOTS + slot_number) == 0
+        use = exists & (tl.load(kind + query_group * SLOTS + slot_number) == 0)
         row_lse = tl.load(partial_lse + row, mask=use, other=float("-inf"))
-        partial = tl.load(partial_out + row[:, None] * DIM + dims[None, :], mask=use, other=0.0)
+        partial = tl.load(partial_out + row[:, None] * DIM + dims[None, :], mask=use[:, None], other=0.0)
         sum_out += tl.exp2(row_lse - total)[:, None] * partial.to(tl.float32)
-    tl.store(out_pointers, sum_out.to(out.dtype.element_ty))
-    tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453)
+    tl.store(out_pointers, sum_out.to(out.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
+
+
+def hopper_kernels(q: Tensor, group: int) -> ModuleType | None:
+    """``hopper_forward``, if these queries, of ``group`` heads per group, can take its way."""
+    # Gluon changes from one release of Triton to the next, and has no interpreter.
+    if triton.knobs.runtime.interpret or not triton.__version__.startswith(GLUON_VERSIONS):
+        return None
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return None
+    from msa_kernels.sparse_attention import hopper_forward
+
+    return hopper_forward if group in hopper_forward.GROUP_SIZES else None
 
 
 def attend(
@@ -114,11 +132,14 @@ def attend(
     partial_out = torch.empty(num_entries, group, dim, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(num_entries, group, dtype=torch.float32, device=q.device)
     attend_shared(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
-    _attend_rest_kernel[(schedule.max_items,)](
-        q, k, v, *schedule.arguments, partial_out, partial_lse,
-        softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
-        BLOCK=schedule.block_size, **TILE,
-    )  # fmt: skip
+    if hopper := hopper_kernels(q, group):
+        hopper.attend_rest(q, k, v, schedule, partial_out, partial_lse, softmax_scale=softmax_scale)
+    else:
+        _attend_rest_kernel[(schedule.max_items,)](
+            q, k, v, *schedule.arguments, partial_out, partial_lse,
+            softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
+            BLOCK=schedule.block_size, **TILE,
+        )  # fmt: skip
     _combine_kernel[(q.shape[0] * groups,)](
         partial_out, partial_lse, schedule.kind, out, lse,
         GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim, num_warps=4,

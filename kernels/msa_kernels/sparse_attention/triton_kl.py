@@ -42,9 +42,10 @@ def _teach(
 ):  # fmt: skip
     """Teacher probabilities of the entries begin .. end of one bucket."""
     keys = tl.arange(0, BLOCK)
-    for start in tl.range(begin, end, ROWS // GROUP):
+    POSITIONS: tl.constexpr = ROWS // triton.next_power_of_2(GROUP)
+    for start in tl.range(begin, end, POSITIONS):
         _, query, head, inside = entries_of_rows(entries, start, end, group, GROUP, ENTRIES_PER_QUERY, ROWS)
-        row = query * HEADS + head
+        row = query * HEADS + (group * GROUP + head)
         q_tile = load_gathered_rows(q, row, inside, DIM)
         lse_log2 = tl.load(lse + row, mask=inside, other=float("inf")) * 1.4426950408889634
         # Keys by rows: the heads of a position then lie within a few neighbouring threads.
@@ -53,7 +54,7 @@ def _teach(
             last_key = tl.load(own_key + query, mask=inside, other=0) - first_key
             log_p = tl.where(keys[:, None] <= last_key[None, :], log_p, float("-inf"))
         p = tl.exp2(log_p)
-        place = start + tl.arange(0, ROWS // GROUP)
+        place = start + tl.arange(0, POSITIONS)
         pointers = teacher + place.to(tl.int64)[None, :] * BLOCK + keys[:, None]
         tl.store(pointers, mean_over_heads(p, GROUP), mask=place[None, :] < end)
         if PER_HEAD:

@@ -24,15 +24,16 @@ from msa_kernels.sparse_attention.triton_sums import sum_groups
 
 # Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
 MAX_PARTIAL_BYTES = 3 * 2**30
-# Score rows (query positions times heads of a group) that one program works through. Larger spares loads of
-# the block and sums of its gradient, smaller spreads hot blocks better and evens out the end of a kernel.
+# Score rows (query positions times heads of a group, rounded up to a power of two) that one program works
+# through. Larger spares loads of the block and sums of its gradient, smaller spreads hot blocks better and
+# evens out the end of a kernel.
 ROWS_PER_ITEM = 8192
 # Chunks of queries start at multiples of this, so that pointers keep the alignment they were compiled for.
 CHUNK_MULTIPLE = 64
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
-GROUP_SIZES = (1, 2, 4, 8, 16)
+MAX_GROUP_SIZE = 16
 MAX_SLOTS = 64
 
 
@@ -74,8 +75,8 @@ def refusal(
         return f"the index head dim is {index_q.shape[2]}; supported are {HEAD_DIMS}"
     if block_size not in BLOCK_SIZES:
         return f"the block size is {block_size}; supported are {BLOCK_SIZES}"
-    if group not in GROUP_SIZES:
-        return f"there are {group} query heads per group; supported are {GROUP_SIZES}"
+    if group > MAX_GROUP_SIZE:
+        return f"there are {group} query heads per group; supported are 1 to {MAX_GROUP_SIZE}"
     if block_ids.shape[2] > MAX_SLOTS:
         return f"there are {block_ids.shape[2]} blocks per query; at most {MAX_SLOTS} are supported"
     blocks, most = KeyBlockTable.size(layout, k.shape[0], block_size), max_blocks(group, block_ids.shape[2])
@@ -139,10 +140,12 @@ class _SparseAttention(torch.autograd.Function):
             # queries, and kernels are compiled for the alignment of their pointers.
             kl, index_lse = (lse.new_empty(q.shape[0], k.shape[1]) for _ in range(2))
         # A schedule is small (5 bytes an entry): kept for the backward pass, where it is the same.
-        chunks = []
+        chunks, of_schedules = [], []
         for rows, schedule in _chunks(q, k, block_ids, layout, settings):
             if any(ctx.needs_input_grad):
-                chunks.append((rows, schedule))
+                tensors, rebuild = schedule.flatten()
+                chunks.append((rows, rebuild))
+                of_schedules += tensors
             triton_forward.attend(
                 q[rows], k, v, schedule, out[rows], lse[rows], softmax_scale=settings.softmax_scale
             )
@@ -170,7 +173,7 @@ class _SparseAttention(torch.autograd.Function):
                     index_lse[rows],
                     index_softmax_scale=settings.index_softmax_scale,
                 )
-        ctx.save_for_backward(q, k, v, index_q, index_k, out, lse, index_lse)
+        ctx.save_for_backward(q, k, v, index_q, index_k, out, lse, index_lse, *of_schedules)
         ctx.chunks = chunks
         ctx.settings = settings
         constant = [lse]
@@ -185,7 +188,8 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Any, _: None, dkl: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, index_q, index_k, out, lse, index_lse = ctx.saved_tensors
+        q, k, v, index_q, index_k, out, lse, index_lse, *of_schedules = ctx.saved_tensors
+        tensors = iter(of_schedules)
         settings = ctx.settings
         attention = dout is not None and any(ctx.needs_input_grad[:3])
         index = dkl is not None and any(ctx.needs_input_grad[3:5])
@@ -211,7 +215,8 @@ class _SparseAttention(torch.autograd.Function):
             top = torch.linalg.vector_norm(dkl, math.inf) if dkl.numel() else dkl.new_zeros(())
             top = top.clamp(min=1e-37)
             dkl = (dkl / top).contiguous()
-        for rows, schedule in ctx.chunks:
+        for rows, rebuild in ctx.chunks:
+            schedule = rebuild(tensors)
             teacher = triton_kl.new_teacher(schedule) if index else None
             if attention:
                 triton_backward.add_attention_gradients(
@@ -274,6 +279,6 @@ def _chunks(
             blocks,
             group=group,
             block_size=settings.block_size,
-            entries_per_item=ROWS_PER_ITEM // group,
+            entries_per_item=ROWS_PER_ITEM // triton.next_power_of_2(group),
         )
         yield rows, schedule

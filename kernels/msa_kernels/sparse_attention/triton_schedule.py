@@ -15,7 +15,8 @@ Letters in shapes: Q queries, K keys, Hkv groups, N blocks of all documents, E e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -27,7 +28,8 @@ from msa_kernels.common.layout import DocumentLayout
 # Kinds of used entries in the order in which they lie within a bucket, and values of ``Schedule.kind``.
 REST, SHARED, OWN, UNUSED = 0, 1, 2, 3
 KINDS = 3
-# Rows of a tile (queries times heads of the group), and the most queries: one bit of an int32 for each.
+# Rows of a tile (queries times heads of the group, rounded up to a power of two), and the most queries: one
+# bit of an int32 for each.
 TILE_ROWS = 128
 MAX_TILE_QUERIES = 32
 # Where the numbers of _sums_over_equal_blocks begin. Sums over at most 2,048 lanes, MAX_TILE_QUERIES times
@@ -68,7 +70,7 @@ def _block_table_kernel(
 
 
 def _tile_queries(group: int) -> int:
-    return min(MAX_TILE_QUERIES, TILE_ROWS // group)
+    return min(MAX_TILE_QUERIES, TILE_ROWS // triton.next_power_of_2(group))
 
 
 def _lanes(group: int, slots: int) -> int:
@@ -354,6 +356,27 @@ class Schedule:
             block_size=block_size,
             entries_per_item=entries_per_item,
         )
+
+    def flatten(self) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Schedule]]:
+        """Its tensors, and what takes as many from an iterator and makes a schedule of them again.
+
+        For ``ctx.save_for_backward``, which may move tensors away and hand back copies: the second result
+        holds none of them.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "blocks"}
+        own = [name for name, value in values.items() if isinstance(value, Tensor)]
+        numbers = {name: value for name, value in values.items() if name not in own}
+        of_blocks = [field.name for field in fields(KeyBlockTable)]
+
+        def rebuild(tensors: Iterator[Tensor]) -> Schedule:
+            return Schedule(
+                **{name: next(tensors) for name in own},
+                **numbers,
+                blocks=KeyBlockTable(**{name: next(tensors) for name in of_blocks}),
+            )
+
+        saved = [values[name] for name in own] + [getattr(self.blocks, name) for name in of_blocks]
+        return saved, rebuild
 
     @property
     def arguments(self) -> tuple[Tensor | int, ...]:

@@ -27,13 +27,15 @@ def _attend_shared_kernel(
     """One program per tile and group: out and lse (0 and -inf for queries that share nothing)."""
     tile, group = tl.program_id(0), tl.program_id(1)
     GROUPS: tl.constexpr = HEADS // GROUP
-    ROWS: tl.constexpr = QUERIES * GROUP
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
+    ROWS: tl.constexpr = QUERIES * PADDED_GROUP
     STEPS: tl.constexpr = BLOCK // KEYS
     row = tl.arange(0, ROWS)
-    place = row // GROUP
+    place = row // PADDED_GROUP
+    head = row % PADDED_GROUP
     query = tile * QUERIES + place
-    inside = query < num_queries
-    source = query.to(tl.int64) * HEADS + group * GROUP + row % GROUP
+    inside = (query < num_queries) & (head < GROUP)
+    source = query.to(tl.int64) * HEADS + group * GROUP + head
     q_tile = load_gathered_rows(q, source, inside, DIM)
     last_key = tl.load(own_key + query, mask=inside, other=0)
     tile_group = tile * GROUPS + group

@@ -23,18 +23,20 @@ def _sum_slots_kernel(
     """One program per query and group: total [G, d] = scale times factor times the sum of its used
     slots, partial [slots, G, d]."""
     query_group = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, GROUP)[:, None]
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
+    row = tl.arange(0, PADDED_GROUP)[:, None]
+    exists = row < GROUP
     dims = tl.arange(0, DIM)[None, :]
-    acc = tl.zeros([GROUP, DIM], dtype=tl.float32)
+    acc = tl.zeros([PADDED_GROUP, DIM], dtype=tl.float32)
     for slot in tl.range(0, SLOTS):
         entry = query_group * SLOTS + slot
         # Unused slots hold whatever was in memory: not read.
-        use = tl.load(kind + entry) != 3
+        use = exists & (tl.load(kind + entry) != 3)
         acc += tl.load(partial + (entry * GROUP + row) * DIM + dims, mask=use, other=0.0).to(tl.float32)
     if HAS_FACTOR:
         scale *= tl.load(factor)
     pointers = total + (query_group * GROUP + row) * DIM + dims
-    tl.store(pointers, (acc * scale).to(total.dtype.element_ty))
+    tl.store(pointers, (acc * scale).to(total.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "max_extra_items", "is_first_chunk"])

@@ -48,6 +48,27 @@ def find_item(
 
 
 @triton.jit
+def bounds_of_rest(
+    number, edges, last_extra, extra_bucket, first_keys, num_blocks, num_buckets, entries_per_item
+):
+    """What an item has of kind REST: first entry, end, packed number of the block's first key, group."""
+    is_first = number < num_buckets
+    extra = number - num_buckets
+    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
+    exists = bucket >= 0
+    bucket = tl.maximum(bucket, 0)
+    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
+    begin = tl.load(edges + 3 * bucket) + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
+    end = tl.minimum(begin + entries_per_item, tl.load(edges + 3 * bucket + 1))
+    return (
+        begin,
+        tl.where(exists, end, begin),
+        tl.load(first_keys + bucket % num_blocks),
+        bucket // num_blocks,
+    )
+
+
+@triton.jit
 def load_key_tile(
     source, first_key, num_keys, group, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -69,23 +90,30 @@ def load_gathered_rows(source, row, inside, DIM: tl.constexpr):
 def entries_of_rows(
     entries, start, end, group, GROUP: tl.constexpr, ENTRIES_PER_QUERY: tl.constexpr, ROWS: tl.constexpr
 ):
-    """What the rows of a tile stand for; row i is head i % G of the entry at place start + i // G.
+    """What the rows of a tile stand for; row i is head i % P of the entry at place start + i // P.
 
-    Returns entry, query (int64), query head, and whether the row exists.
+    P is G rounded up to a power of two, as sizes of tiles are. The rows of heads from G on do not exist.
+
+    Returns entry, query (int64), head within the group, and whether the row exists.
     """
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
     row = tl.arange(0, ROWS)
-    place = start + row // GROUP
-    inside = place < end
+    place = start + row // PADDED_GROUP
+    head = row % PADDED_GROUP
+    inside = (place < end) & (head < GROUP)
     entry = tl.load(entries + place, mask=inside, other=0)
-    return entry, (entry // ENTRIES_PER_QUERY).to(tl.int64), group * GROUP + row % GROUP, inside
+    return entry, (entry // ENTRIES_PER_QUERY).to(tl.int64), head, inside
 
 
 @triton.jit
 def mean_over_heads(tile, GROUP: tl.constexpr):
-    """Mean over the G neighbouring columns of each query position: [B, positions * G] -> [B, positions]."""
+    """Mean over the heads of each query position: [B, positions * P] -> [B, positions], with P as in
+    ``entries_of_rows``. Columns of heads that do not exist are 0.
+    """
     if GROUP == 1:
         return tile
-    split = tl.reshape(tile, [tile.shape[0], tile.shape[1] // GROUP, GROUP])
+    PADDED_GROUP: tl.constexpr = triton.next_power_of_2(GROUP)
+    split = tl.reshape(tile, [tile.shape[0], tile.shape[1] // PADDED_GROUP, PADDED_GROUP])
     return tl.sum(split, 2) / GROUP
 
 
