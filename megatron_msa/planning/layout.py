@@ -89,6 +89,8 @@ class Layout:
             f"EP{self.expert}",
             f"DP{self.data}",
         ]
+        if self.micro_batch > 1:
+            parts.append(f"micro batch {self.micro_batch}")
         return " ".join(parts) + f", recompute {self.recompute}"
 
 
