@@ -6,7 +6,7 @@
 #   counting sequences, so a run cannot change their length; and weights, unlike Adam's moments, load in any layout.
 # - 16.8M tokens a step (192k: 12.6M, which divides).
 # - Layouts are chosen with tools/plan.py for 512 H100 whose hosts launch kernels as slowly as the one that was measured
-#   (docs/planning.md, which has the best layouts for 128 to 2,048). The host then takes 50 ms for an expert layer, so
+#   (docs/planning.md, which has the best layouts for 128 to 2,048). The host then takes 48 ms for an expert layer, so
 #   8k and 32k put as many tokens as they can on a rank and into a microbatch, 8,192 and 16,384: no tensor and little
 #   context parallelism, a micro batch of 1, because packed samples of a larger one cannot cross pipeline stages. Whole
 #   layers are recomputed to have the memory, at 40 to 50 of 80 GiB. Where hosts are three times as fast, PP4 CP2 (8k) and

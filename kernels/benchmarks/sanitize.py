@@ -23,11 +23,12 @@ from msa_kernels import (
 )
 
 ROOT = Path(__file__).parents[2]
-SIZES = ((128, 128), (64, 64))  # block size, head dim
+# Block size, head dim, query heads: groups of 4, and of 16 that the Hopper kernel takes.
+SIZES = ((128, 128, 8), (64, 64, 32))
 
 # Documents that end within a block, one of one token, empty ones; rows that do not fill a tile.
 LENGTHS = (300, 0, 1, 64, 135)
-HEADS, GROUPS, SLOTS = 8, 2, 3
+GROUPS, SLOTS = 2, 3
 
 
 def main() -> None:
@@ -45,15 +46,15 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton, imported by the first call, reads it
         import triton_interpreter  # noqa: F401 (repairs the interpreter)
     for name in options.operators or operators:
-        for block_size, dim in SIZES:
-            operators[name](block_size, dim, options.device)
-            print(f"{name}: block size {block_size}, head dim {dim}", flush=True)
+        for block_size, dim, heads in SIZES:
+            operators[name](block_size, dim, heads, options.device)
+            print(f"{name}: block size {block_size}, head dim {dim}, {heads} heads", flush=True)
     if options.device == "cuda":
         torch.cuda.synchronize()
     print("all operators ran")
 
 
-def training(block_size: int, dim: int, device: str) -> None:
+def training(block_size: int, dim: int, heads: int, device: str) -> None:
     """block_select, sparse_attention and dense_kl over several documents."""
     offsets = torch.tensor([0, *LENGTHS], device=device).cumsum(0)
     layout = DocumentLayout.from_document_offsets(offsets)
@@ -62,7 +63,7 @@ def training(block_size: int, dim: int, device: str) -> None:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(tokens, *shape, device=device, dtype=torch.bfloat16).requires_grad_()
 
-    q, k, v = normal(HEADS, dim), normal(GROUPS, dim), normal(GROUPS, dim)
+    q, k, v = normal(heads, dim), normal(GROUPS, dim), normal(GROUPS, dim)
     index = {"index_q": normal(GROUPS, dim), "index_k": normal(dim)}
     sizes = {"block_size": block_size, "num_selected_blocks": SLOTS}
     for options in ({"with_lse": True}, {"with_lse": False}, {"with_lse": False, "score_dtype": "e4m3"}):
@@ -81,7 +82,7 @@ def training(block_size: int, dim: int, device: str) -> None:
         (result.out.float().sum() + result.kl.sum()).backward()
 
 
-def decode(block_size: int, dim: int, device: str) -> None:
+def decode(block_size: int, dim: int, heads: int, device: str) -> None:
     """decode_select and decode_attention: shuffled pages, caches in bf16 and in 8 bits, one and three tokens.
 
     The first sequence is an unused place, the second has fewer tokens than queries, two end within a block,
@@ -94,7 +95,7 @@ def decode(block_size: int, dim: int, device: str) -> None:
         inputs = decoding(
             [0, 1, block_size + 1, 4 * block_size, 5 * block_size - 3],
             q_len=q_len,
-            heads=HEADS,
+            heads=heads,
             groups=GROUPS,
             dim=dim,
             index_dim=dim,

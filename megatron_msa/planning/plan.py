@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_msa.errors import ConfigError
 from megatron_msa.phases import Phase
 from megatron_msa.planning.cluster import Cluster
-from megatron_msa.planning.layout import RECOMPUTE, Layout, check_candidate, split_layers
+from megatron_msa.planning.layout import RECOMPUTE, Layout, check_candidate, equal_layers, split_layers
 from megatron_msa.planning.memory import Memory, stage_memory
 from megatron_msa.planning.rates import KernelRates
 from megatron_msa.planning.request import Request
@@ -187,8 +187,11 @@ def candidates(request: Request, cluster: Cluster, rates: KernelRates) -> Iterat
             )
             for recompute in RECOMPUTE if config.num_moe_experts else ("none", "full"):
                 recomputed = replace(layout, recompute=recompute)
-                chunks = _balanced(request, recomputed, cluster, rates, pipeline * virtual)
-                yield replace(recomputed, chunks=chunks)
+                splits = {_balanced(request, recomputed, cluster, rates, pipeline * virtual)}
+                if virtual > 1:  # the dearest virtual stage as cheap as can be does not make the ranks equal
+                    splits.add(equal_layers(config.num_layers, pipeline * virtual))
+                for chunks in sorted(splits):
+                    yield replace(recomputed, chunks=chunks)
 
 
 def _balanced(

@@ -19,7 +19,7 @@ from megatron_msa.model.gpt import MSAModelConfig
 from megatron_msa.phases import Phase
 from megatron_msa.planning import cluster as clusters
 from megatron_msa.planning import comparison, plan, report
-from megatron_msa.planning.layout import Layout, split_layers, stages_text
+from megatron_msa.planning.layout import Layout, equal_layers, split_layers, stages_text
 from megatron_msa.planning.memory import OptimizerSettings, microbatches_in_flight
 from megatron_msa.planning.rates import Assumptions, Curve, Measurements, load_rates
 from megatron_msa.planning.request import Request, read_command
@@ -187,6 +187,8 @@ def test_layers_are_split_so_that_the_dearest_stage_is_as_cheap_as_can_be() -> N
         found = dearest(tuple(itertools.accumulate(len(chunk) for chunk in chunks))[:-1])
         assert found == pytest.approx(best)
     assert stages_text(((0, 1), (2,), (3,))) == "Et*2|t*1|t*1L"
+    assert stages_text(equal_layers(41, 8)) == "Et*6|t*5|t*5|t*5|t*5|t*5|t*5|t*5L"
+    assert equal_layers(4, 2) == ((0, 1), (2, 3))
 
 
 # -- time ---------------------------------------------------------------------------------------------

@@ -313,5 +313,6 @@ def attend_rest(
         torch.zeros(1, dtype=torch.int32, device=q.device), softmax_scale * LOG2E,
         HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * schedule.kind.shape[2], DIM=dim,
         BLOCK=block_size, ROWS=ROWS, CONSUMERS=CONSUMERS, BUFFERS=BUFFERS, STAGES=STAGES,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, FETCH_REGISTERS=FETCH_REGISTERS,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -68,6 +68,7 @@ def _attend_rest_kernel(
 def _combine_kernel(
     partial_out, partial_lse, kind, out, lse,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, PADDED_SLOTS: tl.constexpr, DIM: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program per query and group: adds the parts of its slots of kind REST, weighted by 2^lse."""
     query_group = tl.program_id(0).to(tl.int64)
@@ -88,13 +89,21 @@ def _combine_kernel(
     out_pointers = out + (query_group * GROUP + head[:, None]) * DIM + dims[None, :]
     shared_out = tl.load(out_pointers, mask=exists[:, None], other=0.0).to(tl.float32)
     sum_out = tl.exp2(shared_lse - total)[:, None] * shared_out
-    for slot_number in tl.range(0, SLOTS):
-        row = (query_group * SLOTS + slot_number) * GROUP + head
-        # Other slots hold whatever was in memory: not read.
-        use = exists & (tl.load(kind + query_group * SLOTS + slot_number) == 0)
-        row_lse = tl.load(partial_lse + row, mask=use, other=float("-inf"))
-        partial = tl.load(partial_out + row[:, None] * DIM + dims[None, :], mask=use[:, None], other=0.0)
-        sum_out += tl.exp2(row_lse - total)[:, None] * partial.to(tl.float32)
+    for first in tl.range(0, SLOTS, AT_ONCE):
+        # Loads of several slots before the first use.
+        parts = ()
+        lses = ()
+        for each in tl.static_range(AT_ONCE):
+            slot_number = first + each
+            row = (query_group * SLOTS + slot_number) * GROUP + head
+            # Other slots hold whatever was in memory: not read.
+            slot_kind = tl.load(kind + query_group * SLOTS + slot_number, mask=slot_number < SLOTS, other=3)
+            use = exists & (slot_kind == 0)
+            lses = lses + (tl.load(partial_lse + row, mask=use, other=float("-inf")),)  # type: ignore[assignment]  # noqa: RUF005
+            part = partial_out + row[:, None] * DIM + dims[None, :]
+            parts = parts + (tl.load(part, mask=use[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        for each in tl.static_range(AT_ONCE):
+            sum_out += tl.exp2(lses[each] - total)[:, None] * parts[each].to(tl.float32)
     tl.store(out_pointers, sum_out.to(out.dtype.element_ty), mask=exists[:, None])
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
 
@@ -142,5 +151,6 @@ def attend(
         )  # fmt: skip
     _combine_kernel[(q.shape[0] * groups,)](
         partial_out, partial_lse, schedule.kind, out, lse,
-        GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim, num_warps=4,
+        GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim,
+        AT_ONCE=4, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,157 @@
+"""Compiles for Hopper what the operators launch, down to machine code, on a machine without a GPU.
+
+    python tests/kernels/hopper_compiler.py [CASE ...]     prints a line per kernel; CASES below; default: all
+
+The operators run on CPU tensors as they would on a GPU, but instead of a launch Triton compiles the kernel
+for the arguments that it was given. Nothing is computed. In a process of its own, because Triton's target and
+PyTorch's answers about the GPU are replaced for good.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+MULTIPROCESSORS = 132
+SHARED_MEMORY = 232_448  # bytes that a program may take on compute capability 9.0
+REGISTERS = 65_536  # of a multiprocessor, 32 bits each
+
+
+class Compiled:
+    """Kernels compiled so far: module and name -> bytes of shared memory of each call."""
+
+    def __init__(self) -> None:
+        self.shared_memory: dict[str, list[int]] = {}
+
+    def replace_launches(self) -> None:
+        """From now on kernels are compiled for compute capability 9.0 and not launched."""
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import JITFunction, driver
+
+        target = GPUTarget("cuda", 90, 32)
+        stub: Any = SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0
+        )
+        driver.set_active(stub)
+        original = JITFunction.run
+
+        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            found = original(kernel, *args, grid=grid, warmup=True, **options)
+            metadata = found.metadata
+            name = f"{kernel.module}.{kernel.__name__}"
+            self.shared_memory.setdefault(name, []).append(metadata.shared)
+            threads, registers = 32 * metadata.num_warps, metadata.maxnreg
+            if metadata.shared > SHARED_MEMORY:
+                raise RuntimeError(f"{name} takes {metadata.shared:,} bytes of shared memory")
+            if registers is not None and threads * registers > REGISTERS:
+                raise RuntimeError(f"{name} takes {threads:,} threads of {registers} registers")
+            return found
+
+        JITFunction.run = compile_only
+
+
+def pretend_to_be_hopper() -> None:
+    """Lets the operators' checks of the device pass for tensors of the CPU."""
+    from msa_kernels.common import hopper
+
+    hopper.device_refusal = lambda tensor: None
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+
+
+def fill_buffers() -> None:
+    """What kernels would write holds -1 instead: as a selection, no block."""
+
+    def filling(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **options: make(*args, **options).fill_(-1)
+
+    new: Any = torch
+    new.empty, new.Tensor.new_empty = filling(torch.empty), filling(torch.Tensor.new_empty)
+
+
+def all_kernels() -> set[str]:
+    """Module and name of every kernel of msa_kernels."""
+    import msa_kernels
+    from triton.runtime import JITFunction
+
+    names = set()
+    for found in pkgutil.walk_packages(msa_kernels.__path__, "msa_kernels."):
+        for name, value in vars(importlib.import_module(found.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                names.add(f"{value.module}.{name}")
+    return names
+
+
+def training(block_size: int, dim: int, heads: int, dtype: torch.dtype) -> None:
+    """block_select, sparse_attention and dense_kl with their backward passes."""
+    from msa_kernels import DocumentLayout, block_select, dense_kl, sparse_attention
+
+    lengths, groups, slots = (300, 0, 1, 64, 135), 2, 3
+    layout = DocumentLayout.from_document_offsets(torch.tensor([0, *lengths]).cumsum(0))
+    tokens = sum(lengths)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.zeros(tokens, *shape, dtype=dtype).requires_grad_()
+
+    q, k, v = leaf(groups * heads, dim), leaf(groups, dim), leaf(groups, dim)
+    index = {"index_q": leaf(groups, dim), "index_k": leaf(dim)}
+    options: dict[str, Any] = {"backend": "triton", "block_size": block_size}
+    modes: tuple[dict[str, Any], ...] = ({"with_lse": True}, {"with_lse": False})
+    if dtype == torch.bfloat16:
+        modes = (*modes, {"with_lse": False, "score_dtype": "e4m3"})
+    for mode in modes:
+        block_select(*index.values(), layout, num_selected_blocks=slots, **options, **mode)
+    block_ids = torch.full((tokens, groups, slots), -1, dtype=torch.int32)
+    block_ids[..., 0] = (layout.query_position // block_size)[:, None]
+    for kl_teacher in ("group_mean", "per_head"):
+        found = sparse_attention(q, k, v, block_ids, layout, kl_teacher=kl_teacher, **index, **options)
+        (found.out.float().sum() + found.kl.sum()).backward()
+    # Without gradients of the attention the teacher has a kernel of its own.
+    frozen = sparse_attention(q.detach(), k.detach(), v.detach(), block_ids, layout, **index, **options)
+    frozen.kl.sum().backward()
+    found = dense_kl(q, k, v, layout, backend="triton", **index)
+    (found.out.float().sum() + found.kl.sum()).backward()
+
+
+def decode(block_size: int, dim: int, heads: int, dtype: torch.dtype) -> None:
+    """decode_select and decode_attention as the sanitizer calls them."""
+    from benchmarks import sanitize
+
+    del dtype
+    sanitize.decode(block_size, dim, heads, "cpu")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "training": lambda: training(128, 128, 16, torch.bfloat16),
+    "training-group-3": lambda: training(64, 64, 3, torch.float16),
+    "training-group-8": lambda: training(64, 64, 8, torch.float16),
+    "decode": lambda: decode(128, 128, 16, torch.bfloat16),
+}
+
+
+def main(cases: list[str]) -> None:
+    """See the top of the file."""
+    sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
+    compiled = Compiled()
+    compiled.replace_launches()
+    pretend_to_be_hopper()
+    fill_buffers()
+    for case in cases or CASES:
+        CASES[case]()
+    for name, shared in sorted(compiled.shared_memory.items()):
+        print("compiled", name, len(shared), max(shared))
+    for name in sorted(all_kernels() - set(compiled.shared_memory)):
+        print("left out", name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
