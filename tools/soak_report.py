@@ -25,8 +25,8 @@ from megatron_msa.training.curves import load_metrics  # noqa: E402
 # Steps at each end that are compared, and what memory may grow by between them.
 ENDS = 100
 MOST_GROWTH = 0.01
-# The allocator reserves large segments: the first save of a process, in its second half, made it reserve 1.04 %
-# more once, while tensors took no more. Tensors that are kept count in full above.
+# The allocator reserves large segments: the first save of a process, in its second half, made it reserve
+# 1.04 % more once, while tensors took no more. Tensors that are kept count above.
 MOST_RESERVED_GROWTH = 0.05
 # Nats by which a repeated step may differ: on a GPU, atomics sum outputs of experts and their gradients in no
 # fixed order, so that weights differ in the last bits of bf16.

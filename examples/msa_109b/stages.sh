@@ -9,9 +9,10 @@
 #   (docs/planning.md, which has the best layouts for 128 to 2,048). The host then takes 48 ms for an expert layer, so
 #   8k and 32k put as many tokens as they can on a rank and into a microbatch, 8,192 and 16,384: no tensor and little
 #   context parallelism, a micro batch of 1, because packed samples of a larger one cannot cross pipeline stages. Whole
-#   layers are recomputed to have the memory, at 40 to 50 of 80 GiB. Where hosts are three times as fast, PP4 CP2 (8k) and
-#   PP4 CP8 (32k) without recomputation are faster. Within 30 % (8k) and 11 % (32k, 192k, 1m) of the best: those send tokens to
-#   experts of other nodes (8k: EP64), or leave no memory to spare (32k: TP1 PP2x2 CP2).
+#   layers are recomputed to have the memory; 40 to 50 of 80 GiB are used. Where hosts are more than twice as fast, PP4
+#   CP2 (8k) and PP4 CP8 (32k) without recomputation are faster. 192k and 1m: within 2 % of the best. The best of 8k,
+#   22 % faster, sends tokens to experts of other nodes (EP64), at a rate that is assumed; that of 32k, 9 % faster,
+#   leaves no memory to spare (TP1 PP2x2 CP2).
 # - 8k divides and fits for 128 to 2,048 GPUs, the others for 128 and 512: a step has too few sequences for more.
 # - Tensor parallelism also divides the logits, which are the largest buffer of the long stages: 200,000 of them per
 #   token, in bf16 and in fp32.
