@@ -8,6 +8,7 @@ what is assumed. A layout that cannot work or does not fit is refused with the r
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ MEASUREMENTS = Measurements(
     layer=REPOSITORY / "docs/results/context_parallel_h200x2/layer.json",
     small_model=REPOSITORY / "docs/results/single_gpu_h200/metrics_triton.jsonl",
     small_model_layers=8,
+    host=REPOSITORY / "docs/results/plan_h200/slice_8k_te.host.json",
+    host_steps=REPOSITORY / "docs/results/plan_h200/slice_8k_te.jsonl",
     gpu=clusters.GPUS["H200"],
 )
 
@@ -52,6 +55,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--reserved-gib", type=float, default=assumed.reserved_gib)
     parser.add_argument(
+        "--host-speed",
+        type=float,
+        default=assumed.host_speed,
+        help="of a core that launches kernels, relative to the host that was measured (default: 1)",
+    )
+    parser.add_argument(
         "--search", type=int, metavar="N", help="ignore the command's layout and show the N fastest ones"
     )
     argv = sys.argv[1:]
@@ -71,9 +80,9 @@ def main() -> int:
             value = getattr(options, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        for name in ("node_gb_per_s", "network_gb_per_s"):
-            if (value := getattr(options, name)) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+        for name in ("node_gb_per_s", "network_gb_per_s", "host_speed"):
+            if not 0 < (value := getattr(options, name)) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite")
         cluster = clusters.Cluster(
             gpu=clusters.gpu(options.gpu),
             nodes=options.nodes,
@@ -82,7 +91,7 @@ def main() -> int:
             network_gb_per_s=options.network_gb_per_s,
             reserved_gib=options.reserved_gib,
         )
-        rates = load_rates(MEASUREMENTS, cluster.gpu)
+        rates = load_rates(MEASUREMENTS, cluster.gpu, Assumptions(host_speed=options.host_speed))
         from megatron_msa.planning import plan, report
         from megatron_msa.planning.request import read_command
 

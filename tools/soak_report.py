@@ -25,6 +25,9 @@ from megatron_msa.training.curves import load_metrics  # noqa: E402
 # Steps at each end that are compared, and what memory may grow by between them.
 ENDS = 100
 MOST_GROWTH = 0.01
+# The allocator reserves large segments: the first save of a process, in its second half, made it reserve
+# 1.04 % more once, while tensors took no more. Tensors that are kept count above.
+MOST_RESERVED_GROWTH = 0.05
 # Nats by which a repeated step may differ: on a GPU, atomics sum outputs of experts and their gradients in no
 # fixed order, so that weights differ in the last bits of bf16.
 MOST_DIFFERENCE = 0.02
@@ -89,19 +92,21 @@ def summarise(legs: Sequence[dict[int, Step]], steps: int) -> dict[str, Any]:
         report["memory_gib"] = _growth(final, order, "memory_gib", problems)
         # What a process reserves depends on how it began: a restart loads a checkpoint first.
         report["reserved_memory_gib"] = [
-            _growth(leg, sorted(leg), "reserved_memory_gib", problems) for leg in legs
+            _growth(leg, sorted(leg), "reserved_memory_gib", problems, MOST_RESERVED_GROWTH) for leg in legs
         ]
     if "peak_memory_gib" in final[order[-1]]:
         report["peak_memory_gib"] = max(row["peak_memory_gib"] for row in final.values())
     return report | {"problems": problems}
 
 
-def _growth(rows: dict[int, Step], order: Sequence[int], name: str, problems: list[str]) -> dict[str, float]:
+def _growth(
+    rows: dict[int, Step], order: Sequence[int], name: str, problems: list[str], most: float = MOST_GROWTH
+) -> dict[str, float]:
     """Means over the first steps (but the very first, which compiles) and the last; growth is a problem."""
     steps = order[1:] or order
     ends = max(1, min(ENDS, len(steps) // 2))
     first, last = (_mean(rows, part, name) for part in (steps[:ends], steps[-ends:]))
-    if last > first * (1 + MOST_GROWTH):
+    if last > first * (1 + most):
         problems.append(f"{name} grew from {first:.3f} to {last:.3f} in steps {order[0]} to {order[-1]}")
     return {"first_steps": round(first, 3), "last_steps": round(last, 3)}
 

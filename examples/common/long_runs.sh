@@ -28,6 +28,9 @@ LONG_RUN=(
     # A NaN in loss or gradients stops the run, after the step was run again: status 17, another result: a passing fault,
     # resume; 16, the same: the step is saved and, resumed, run once more, which on another GPU tells the data or the
     # model from a faulty GPU (17). A loss ten times the largest of the first hundred is run again and reported.
+    # The check of gradients makes the host wait twice for each of their buckets (40M parameters), after the last
+    # microbatch only. It stays on: one flag is for loss and gradients, and in bf16 nothing else keeps a NaN of the
+    # gradients out of the weights.
     --rerun-mode validate_results --check-for-spiky-loss
     --log-interval 1 --log-throughput --msa-quality-interval 100
 )

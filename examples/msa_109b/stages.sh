@@ -5,9 +5,15 @@
 # - A stage starts with the weights of the one before it and a new optimizer. Megatron finds its place in the data by
 #   counting sequences, so a run cannot change their length; and weights, unlike Adam's moments, load in any layout.
 # - 16.8M tokens a step (192k: 12.6M, which divides).
-# - Layouts are those that tools/plan.py finds best for 512 H100 (1m: within 2 % of the best, whose experts' exchange
-#   would leave the nodes). Those of 8k and 32k divide and fit for 128 to 2,048, those of 192k and 1m for 128 and 512:
-#   a step has too few sequences for more. docs/planning.md has the best ones for each.
+# - Layouts are chosen with tools/plan.py for 512 H100 whose hosts launch kernels as slowly as the one that was measured
+#   (docs/planning.md, which has the best layouts for 128 to 2,048). The host then takes 48 ms for an expert layer, so
+#   8k and 32k put as many tokens as they can on a rank and into a microbatch, 8,192 and 16,384: no tensor and little
+#   context parallelism, a micro batch of 1, because packed samples of a larger one cannot cross pipeline stages. Whole
+#   layers are recomputed to have the memory; 40 to 50 of 80 GiB are used. Where hosts are more than twice as fast, PP4
+#   CP2 (8k) and PP4 CP8 (32k) without recomputation are faster. 192k and 1m: within 2 % of the best. The best of 8k,
+#   22 % faster, sends tokens to experts of other nodes (EP64), at a rate that is assumed; that of 32k, 9 % faster,
+#   leaves no memory to spare (TP1 PP2x2 CP2).
+# - 8k divides and fits for 128 to 2,048 GPUs, the others for 128 and 512: a step has too few sequences for more.
 # - Tensor parallelism also divides the logits, which are the largest buffer of the long stages: 200,000 of them per
 #   token, in bf16 and in fp32.
 # - Documents in a sequence do not see each other: what a document attends to does not depend on its neighbours.
@@ -20,16 +26,18 @@ stage() {
         schedule=warmup@0,sparse@40Btok
         rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2000)
         LAYOUT=(
-            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
-            --context-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*6|t*5|t*5|t*5|t*5|t*5|t*5|t*5L'
+            --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
         )
         ;;
     32k)
         sequence=32768 batch=512 iterations=5961 # 100B tokens
         rate=(--lr 3e-5 --min-lr 3e-5 --lr-decay-style constant --lr-warmup-iters 100)
         LAYOUT=(
-            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*10|t*11|t*11|t*9L'
-            --context-parallel-size 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout 'Et*6|t*5|t*5|t*5|t*5|t*5|t*5|t*5L'
+            --context-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
+            --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
         )
         ;;
     192k)

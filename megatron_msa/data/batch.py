@@ -130,7 +130,10 @@ class BatchSettings:
         if settings.context_parallel_size > 1 and settings.mtp_num_layers:
             settings._check_shifted_labels()
         if settings.separate_documents:
-            settings._check_stages(args.pipeline_model_parallel_size)
+            check_packed_microbatches(
+                args.pipeline_model_parallel_size,
+                max(settings.micro_batch_size, settings.eval_micro_batch_size),
+            )
         return settings
 
     def _check_shifted_labels(self) -> None:
@@ -142,15 +145,6 @@ class BatchSettings:
                 f"--mtp-num-layers {self.mtp_num_layers} with --context-parallel-size "
                 f"{self.context_parallel_size} needs --msa-cp-layout {needed}, got {self.cp_layout}: "
                 "Megatron shifts the labels of that layout only. Change it, or leave out one of the others."
-            )
-
-    def _check_stages(self, pipeline_size: int) -> None:
-        largest = max(self.micro_batch_size, self.eval_micro_batch_size)
-        if pipeline_size > 1 and largest > 1:
-            raise ConfigError(
-                f"--dataloader-inter-document-masking with --pipeline-model-parallel-size {pipeline_size} "
-                f"and a micro batch of {largest} is not supported: pipeline stages would exchange the packed "
-                "samples in the wrong order. Use --micro-batch-size 1 and --eval-micro-batch-size 1."
             )
 
     def holds_tokens(self, vp_stage: int | None) -> bool:
@@ -169,6 +163,20 @@ class BatchSettings:
     def reads_data(self, vp_stage: int | None) -> bool:
         """Whether this model chunk needs a data iterator: every one does when documents are separated."""
         return self.separate_documents or self.holds_tokens(vp_stage)
+
+
+def check_packed_microbatches(pipeline_size: int, samples: int) -> None:
+    """Refuse microbatches of several packed samples between pipeline stages.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if pipeline_size > 1 and samples > 1:
+        raise ConfigError(
+            f"--dataloader-inter-document-masking with --pipeline-model-parallel-size {pipeline_size} "
+            f"and a micro batch of {samples} is not supported: pipeline stages would exchange the packed "
+            "samples in the wrong order. Use --micro-batch-size 1 and --eval-micro-batch-size 1."
+        )
 
 
 def get_batch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron_msa.planning.cluster import Cluster
 from megatron_msa.planning.layout import Layout
 from megatron_msa.planning.memory import BF16, FP32, GIB, OptimizerSettings, gathered_key_bytes, layer_bytes
 from megatron_msa.planning.plan import make_plan
-from megatron_msa.planning.rates import KernelRates
+from megatron_msa.planning.rates import KernelRates, median_step
 from megatron_msa.planning.request import Request, read_command
 from megatron_msa.planning.step_time import StepEstimate
 from megatron_msa.planning.weights import Model
@@ -120,21 +119,31 @@ def small_model(
         peak_gib: its peak memory, from docs/results.md.
     """
     what = "313M model, 8,192 tokens, 1 GPU"
-    return _run(what, request, metrics, peak_gib, cluster, rates, calibrated=True)
+    return _run(what, request, metrics, peak_gib, cluster, rates, calibrated=True, steps=(1, None))
 
 
 def slices(folder: Path, cluster: Cluster, rates: KernelRates) -> list[Comparison]:
     """Whole steps of models with the layers of the recipes, on one GPU.
 
     Args:
-        folder: ``slices.json``, which maps names to ``what``, ``peak_gib`` and the file of ``metrics``, and
-            for each name its flags, one a line (``.flags``).
+        folder: ``slices.json``, which maps names to ``what``, ``peak_gib``, the file of ``metrics``, perhaps
+            the ``steps`` to look at (else from the fourth on: the first compile kernels) and whether rates
+            are taken from them (``calibrated_step``); and for each name its flags, one a line (``.flags``).
     """
     found = []
     for name, entry in json.loads((folder / "slices.json").read_text()).items():
         request = read_command((folder / f"{name}.flags").read_text().splitlines(), 1)
         metrics = folder / entry["metrics"]
-        found += _run(entry["what"], request, metrics, entry["peak_gib"], cluster, rates)
+        found += _run(
+            entry["what"],
+            request,
+            metrics,
+            entry["peak_gib"],
+            cluster,
+            rates,
+            calibrated=entry.get("calibrated_step", False),
+            steps=tuple(entry.get("steps", (4, None))),
+        )
     return found
 
 
@@ -146,13 +155,11 @@ def _run(
     cluster: Cluster,
     rates: KernelRates,
     *,
-    calibrated: bool = False,
+    calibrated: bool,
+    steps: tuple[int, int | None],
 ) -> list[Comparison]:
     plan = make_plan(request, request.layout(), cluster, rates)
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row["seconds"] for row in rows if row["event"] == "step" and row["phase"] == "sparse"]
-    # The first steps of a run compile kernels.
-    seconds = statistics.median(steps if calibrated else steps[3:])
+    seconds = median_step(metrics, *steps)
     return [
         Comparison(f"{what}: step", "s", plan.step.total, seconds, calibrated=calibrated),
         Comparison(f"{what}: peak memory", "GiB", plan.peak_gib, peak_gib),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_msa.errors import ConfigError
 from megatron_msa.training.layout_checks import check_layout
@@ -89,6 +90,8 @@ class Layout:
             f"EP{self.expert}",
             f"DP{self.data}",
         ]
+        if self.micro_batch > 1:
+            parts.append(f"micro batch {self.micro_batch}")
         return " ".join(parts) + f", recompute {self.recompute}"
 
 
@@ -122,6 +125,13 @@ def split_layers(costs: Sequence[float], output_cost: float, stages: int) -> tup
             donor = next(j for j in range(i + 1, stages) if len(chunks[j]) > 0)
             chunks[i] = [chunks[donor].pop(0)]
     return tuple(tuple(chunk) for chunk in chunks)
+
+
+def equal_layers(layers: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive layers per stage, as many on each; what is left over goes to the first ones."""
+    each, left = divmod(layers, stages)
+    starts = [stage * each + min(stage, left) for stage in range(stages + 1)]
+    return tuple(tuple(range(start, end)) for start, end in pairwise(starts))
 
 
 def _fill(costs: Sequence[float], output_cost: float, limit: float) -> list[list[int]]:

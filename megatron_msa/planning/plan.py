@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_msa.errors import ConfigError
 from megatron_msa.phases import Phase
 from megatron_msa.planning.cluster import Cluster
-from megatron_msa.planning.layout import RECOMPUTE, Layout, check_candidate, split_layers
+from megatron_msa.planning.layout import RECOMPUTE, Layout, check_candidate, equal_layers, split_layers
 from megatron_msa.planning.memory import Memory, stage_memory
 from megatron_msa.planning.rates import KernelRates
 from megatron_msa.planning.request import Request
@@ -153,7 +153,7 @@ def search(request: Request, cluster: Cluster, rates: KernelRates) -> list[Plan]
 
 
 def candidates(request: Request, cluster: Cluster, rates: KernelRates) -> Iterator[Layout]:
-    """Layouts whose sizes are powers of two, with tensors inside a node, micro batch 1.
+    """Layouts whose sizes are powers of two, with tensors inside a node, and micro batches of 1, 2 and 4.
 
     Those that do not divide are among them; `check_candidate` says so.
     """
@@ -162,14 +162,16 @@ def candidates(request: Request, cluster: Cluster, rates: KernelRates) -> Iterat
     experts = config.num_moe_experts or 1
     tensors = [size for size in _powers(node) if size <= config.num_query_groups]
     contexts = [size for size in _powers(64) if request.seq_length // size >= _FEWEST_TOKENS]
-    for tensor, pipeline, context, expert in itertools.product(
-        tensors, _powers(min(16, config.num_layers)), contexts, _powers(min(experts, 64))
+    for tensor, pipeline, context, expert, micro_batch in itertools.product(
+        tensors, _powers(min(16, config.num_layers)), contexts, _powers(min(experts, 64)), _powers(4)
     ):
         ranks = tensor * pipeline * context
-        if world % ranks or world % (expert * pipeline) or request.global_batch % (world // ranks):
+        if world % ranks or world % (expert * pipeline):
+            continue
+        microbatches, rest = divmod(request.global_batch, micro_batch * (world // ranks))
+        if rest or not microbatches:
             continue
         for virtual in (1, 2) if pipeline > 1 else (1,):
-            microbatches = request.global_batch // (world // ranks)
             if pipeline * virtual > config.num_layers or (virtual > 1 and microbatches % pipeline):
                 continue
             layout = Layout(
@@ -180,11 +182,16 @@ def candidates(request: Request, cluster: Cluster, rates: KernelRates) -> Iterat
                 expert=expert,
                 # Experts are narrow: cutting them further costs more than it saves.
                 expert_tensor=1,
+                micro_batch=micro_batch,
                 chunks=(tuple(range(config.num_layers)),),
             )
-            chunks = _balanced(request, layout, cluster, rates, pipeline * virtual)
             for recompute in RECOMPUTE if config.num_moe_experts else ("none", "full"):
-                yield replace(layout, chunks=chunks, recompute=recompute)
+                recomputed = replace(layout, recompute=recompute)
+                splits = {_balanced(request, recomputed, cluster, rates, pipeline * virtual)}
+                if virtual > 1:  # the dearest virtual stage as cheap as can be does not make the ranks equal
+                    splits.add(equal_layers(config.num_layers, pipeline * virtual))
+                for chunks in sorted(splits):
+                    yield replace(recomputed, chunks=chunks)
 
 
 def _balanced(

@@ -36,6 +36,8 @@ class Assumptions:
     """Per GPU: a card of 50 GB/s at 60 %."""
     reserved_gib: float = 5.0
     """CUDA, NCCL and Triton beside PyTorch's allocator, and its fragmentation."""
+    host_speed: float = 1.0
+    """Of one core, relative to the host of the measurements."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,47 @@ class Curve:
         return self.values[i - 1] * (self.values[i] / self.values[i - 1]) ** share
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostTime:
+    """Seconds that the host needs to launch layers of Transformer Engine, however little there is to compute.
+
+    Per microbatch, but for the last two.
+
+    Attributes:
+        moe_forward, moe_backward: an expert layer with its attention, but for
+        expert_forward, expert_backward: each of its experts on the rank.
+        dense_forward, dense_backward: a layer without experts.
+        ends: embedding, output, loss.
+        buckets: per layer and step: launching the reduction of gradients, and their check, for which the host
+            waits; launching the gathering of parameters.
+        optimizer: per layer and step.
+    """
+
+    moe_forward: float
+    moe_backward: float
+    expert_forward: float
+    expert_backward: float
+    dense_forward: float
+    dense_backward: float
+    ends: float
+    buckets: float
+    optimizer: float
+
+    def layer(self, experts: int, recompute: str) -> float:
+        """Of one layer and microbatch.
+
+        Args:
+            experts: of a rank; 0: the layer has none.
+            recompute: one of `RECOMPUTE`.
+        """
+        if not experts:
+            return self.dense_forward * (2 if recompute == "full" else 1) + self.dense_backward
+        products = experts * self.expert_forward
+        forward = self.moe_forward + products
+        again = {"none": 0.0, "moe": max(0.0, forward - self.dense_forward), "full": forward}[recompute]
+        return forward + again + self.moe_backward + experts * self.expert_backward
+
+
 @dataclass(frozen=True)
 class KernelRates:
     """Measured rates.
@@ -76,6 +119,7 @@ class KernelRates:
             for a width of 64 heads of 128.
         local_layer_s: seconds that a `local` expert layer takes at least, forward and backward, however
             little there is to compute: the host launches its kernels, an expert at a time.
+        host: what layers of Transformer Engine take of the host.
         assumptions: the rest.
     """
 
@@ -89,6 +133,7 @@ class KernelRates:
     workspace_gib: Curve
     attention_other_us: float
     local_layer_s: float
+    host: HostTime
     assumptions: Assumptions
 
     def sparse_seconds(self, tokens: float, flops: float, select_flops: float) -> float:
@@ -130,6 +175,8 @@ class Measurements:
         layer: ``layer.json`` of tools/bench_context_parallel.py: a whole attention layer.
         small_model: ``metrics.jsonl`` of examples/single_gpu, whose layers are too small to fill a GPU.
         small_model_layers: its number of layers.
+        host: what tools/host_trace.py makes of a trace: layers of Transformer Engine, one microbatch a step.
+        host_steps: ``metrics.jsonl`` of that run, whose steps no profiler slows down but the last few.
         gpu: that they were taken on.
     """
 
@@ -137,7 +184,13 @@ class Measurements:
     layer: Path
     small_model: Path
     small_model_layers: int
+    host: Path
+    host_steps: Path
     gpu: Gpu
+
+
+WARM_STEPS = (31, 56)
+"""Of the runs of 60 steps: the first dozens are slower, the last ones are profiled."""
 
 
 def load_rates(files: Measurements, gpu: Gpu, assumptions: Assumptions | None = None) -> KernelRates:
@@ -151,6 +204,7 @@ def load_rates(files: Measurements, gpu: Gpu, assumptions: Assumptions | None = 
     Raises:
         ConfigError: a row is missing.
     """
+    assumptions = assumptions or Assumptions()
     with files.rows.open() as file:
         rows = list(csv.DictReader(file))
     compute = gpu.peak_tflops / files.gpu.peak_tflops
@@ -168,8 +222,9 @@ def load_rates(files: Measurements, gpu: Gpu, assumptions: Assumptions | None = 
         select_tflops=_ours(rows, "select")[0]["tflops"] * compute,
         workspace_gib=_curve(rows, "train", "extra_gib"),
         attention_other_us=other * files.gpu.memory_tb_per_s / gpu.memory_tb_per_s,
-        local_layer_s=_median_sparse_step(files.small_model) / files.small_model_layers,
-        assumptions=assumptions or Assumptions(),
+        local_layer_s=median_step(files.small_model) / files.small_model_layers / assumptions.host_speed,
+        host=_host_time(files, assumptions.host_speed),
+        assumptions=assumptions,
     )
 
 
@@ -205,12 +260,26 @@ def _scaled(curve: Curve, factor: float) -> Curve:
     return Curve(curve.tokens, [value * factor for value in curve.values])
 
 
-def _median_sparse_step(metrics: Path) -> float:
-    """Seconds of a step in the sparse phase."""
+def median_step(metrics: Path, first: int = 1, last: int | None = None) -> float:
+    """Seconds of a step in the sparse phase, from the first to the last iteration asked for."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return statistics.median(
-        row["seconds"] for row in rows if row["event"] == "step" and row["phase"] == "sparse"
+        row["seconds"]
+        for row in rows
+        if row["event"] == "step"
+        and row["phase"] == "sparse"
+        and first <= row["iteration"] <= (last or row["iteration"])
     )
+
+
+def _host_time(files: Measurements, speed: float) -> HostTime:
+    """The parts of a profiled step, as much shorter as steps without the profiler are."""
+    traced = json.loads(files.host.read_text())
+    seconds = median_step(files.host_steps, *WARM_STEPS) / traced["total"] / speed
+    each = {name: traced[name] * seconds for name in HostTime.__dataclass_fields__}
+    for name in ("buckets", "optimizer"):
+        each[name] /= traced["layers"]
+    return HostTime(**each)
 
 
 def _attention_other_us(layer: dict[str, Any], training: Curve, matmul_tflops: float) -> float:

@@ -40,7 +40,7 @@ def describe(plan: Plan) -> str:
         "norms, rotary, activations": m * step.stage.other,
         "output projection and loss": m * step.output,
         "recomputation": m * step.stage.recomputed,
-        "waiting for the host": m * step.stage.host,
+        "waiting for the host": step.waiting_for_host,
         "tensor parallelism": m * step.stage.tensor_comm,
         "experts' all-to-all": m * step.stage.expert_comm,
         "keys of other ranks": m * step.stage.context_comm,
@@ -52,6 +52,8 @@ def describe(plan: Plan) -> str:
     lines += [
         f"    {name:<30}{value:>8.2f} s {value / step.total:>6.1%}" for name, value in shares.items() if value
     ]
+    if step.waiting_for_host > _HOST_SHARE * step.total:
+        lines.append("    " + host_advice(plan))
     traffic = {name.replace("_", " "): value / 1e9 for name, value in vars(plan.traffic).items() if value}
     lines.append(
         "  received per rank, GB         "
@@ -61,6 +63,21 @@ def describe(plan: Plan) -> str:
         total = request.iterations * tokens
         lines += ["", f"The run: {total / 1e9:,.0f}B tokens in {plan.days:.1f} days without interruption"]
     return "\n".join(lines)
+
+
+_HOST_SHARE = 0.05
+
+
+def host_advice(plan: Plan) -> str:
+    """What a plan says when its GPUs wait for launches."""
+    layout = plan.layout
+    tokens = plan.request.seq_length * layout.micro_batch // (layout.context * layout.tensor)
+    return (
+        f"The host is the limit: {tokens:,} tokens of a rank and microbatch are computed sooner than "
+        "launched. More of them help (--micro-batch-size, less context or tensor parallelism), fewer experts "
+        "per rank, a faster host (--host-speed of tools/plan.py), fewer launches (CUDA graphs, not tried "
+        "here), and, where a step has few microbatches, --no-check-for-nan-in-loss-and-grad"
+    )
 
 
 HEADER = (

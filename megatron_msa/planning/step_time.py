@@ -73,6 +73,8 @@ class StepTime:
         pipeline_comm: exposed transfers between stages.
         data_comm: exposed part of gradients and parameters.
         optimizer: Adam.
+        host: what is left of the time that the host needs beside the layers: embedding, output and loss of
+            all microbatches, launches of the data-parallel collectives, the optimizer.
     """
 
     stage: LayerTime
@@ -82,11 +84,17 @@ class StepTime:
     pipeline_comm: float
     data_comm: float
     optimizer: float
+    host: float
 
     @property
     def total(self) -> float:
         busy = self.microbatches * (self.stage.total + self.output)
-        return busy + self.bubble + self.pipeline_comm + self.data_comm + self.optimizer
+        return busy + self.bubble + self.pipeline_comm + self.data_comm + self.optimizer + self.host
+
+    @property
+    def waiting_for_host(self) -> float:
+        """Seconds in which a GPU of the dearest stage has nothing to do but to wait for launches."""
+        return self.microbatches * self.stage.host + self.host
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class StepEstimate:
         return self._times[self.kinds[index]]
 
     def _layer(self, is_moe: bool, is_msa: bool) -> LayerTime:
-        layout, rates = self.layout, self.rates
+        layout = self.layout
         attention = self.attention_part(is_msa)
         feed_forward, expert_comm = self._feed_forward_products(is_moe)
         feed_forward_other = self._feed_forward_other(is_moe)
@@ -152,8 +160,15 @@ class StepEstimate:
             tensor_comm=self._tensor_comm(),
             expert_comm=expert_comm,
         )
-        least = rates.local_layer_s if self.local_layers else 0.0
+        least = self._launch_seconds(is_moe)
         return device + LayerTime(host=max(0.0, least - device.total))
+
+    def _launch_seconds(self, is_moe: bool) -> float:
+        """That the host needs for a layer."""
+        if self.local_layers:
+            return self.rates.local_layer_s
+        experts = (self.model.config.num_moe_experts or 0) // self.layout.expert if is_moe else 0
+        return self.rates.host.layer(experts, self.layout.recompute)
 
     def attention_part(self, is_msa: bool) -> LayerTime:
         """The attention of a layer: projections, rotary embedding, kernels, and the exchange of keys."""
@@ -287,10 +302,11 @@ class StepEstimate:
             time = sum((self.layer(layer) for layer in layout.layers_of(rank)), LayerTime())
             output = self.output_seconds() if layout.holds_output(rank) else 0.0
             stages.append((time.total + output, time, output))
-        longest, stage, output = max(stages, key=lambda each: each[0])
+        rank = max(range(layout.pipeline), key=lambda each: stages[each][0])
+        longest, stage, output = stages[rank]
         transfers = 2 * self._boundary_bytes() / (self.cluster.network_gb_per_s * 1e9)
         data, optimizer = max(
-            (self._data_comm(rank, longest), self._optimizer(rank)) for rank in range(layout.pipeline)
+            (self._data_comm(each, longest), self._optimizer(each)) for each in range(layout.pipeline)
         )
         return StepTime(
             stage=stage,
@@ -300,7 +316,19 @@ class StepEstimate:
             pipeline_comm=microbatches * transfers * layout.virtual if layout.pipeline > 1 else 0.0,
             data_comm=data,
             optimizer=optimizer,
+            host=self._host_beside_layers(rank, microbatches, output, optimizer),
         )
+
+    def _host_beside_layers(self, rank: int, microbatches: int, output: float, optimizer: float) -> float:
+        """What is left of the host's time for the rest of a step."""
+        if self.local_layers:
+            return 0.0
+        host, layers = self.rates.host, self.layout.layers_of(rank)
+        ends = max(0.0, host.ends - output) if self.layout.holds_output(rank) else 0.0
+        # Launched while a microbatch is computed: hidden as far as its layers keep the GPU busy for longer.
+        idle = sum(self.layer(each).total - self._launch_seconds(self.kinds[each].is_moe) for each in layers)
+        buckets = max(0.0, host.buckets * len(layers) - idle)
+        return microbatches * ends + buckets + max(0.0, host.optimizer * len(layers) - optimizer)
 
     def traffic(self, microbatches: int) -> Traffic:
         """Bytes that a rank of the stage with the most layers receives."""

@@ -12,6 +12,7 @@ import math
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_msa.attention.context_parallel import check_length
+from megatron_msa.data.batch import check_packed_microbatches
 from megatron_msa.errors import ConfigError
 
 
@@ -137,6 +138,8 @@ def _check_batch(args: argparse.Namespace) -> None:
     stages = args.pipeline_model_parallel_size
     model_ranks = args.tensor_model_parallel_size * stages * args.context_parallel_size
     replicas = args.world_size // model_ranks
+    if args.dataloader_inter_document_masking:
+        check_packed_microbatches(stages, args.micro_batch_size)
     if args.global_batch_size % (args.micro_batch_size * replicas):
         if args.decrease_batch_size_if_needed:
             return
