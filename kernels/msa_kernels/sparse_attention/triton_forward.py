@@ -108,16 +108,19 @@ def _combine_kernel(
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
 
 
-def hopper_kernels(q: Tensor, group: int) -> ModuleType | None:
-    """``hopper_forward``, if these queries, of ``group`` heads per group, can take its way."""
+def hopper_kernels(q: Tensor, k: Tensor, v: Tensor) -> ModuleType | None:
+    """``hopper_forward``, if these inputs can take its way."""
     # Gluon changes from one release of Triton to the next, and has no interpreter.
     if triton.knobs.runtime.interpret or not triton.__version__.startswith(GLUON_VERSIONS):
         return None
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         return None
+    # It copies 16 bytes at a time.
+    if any(tensor.data_ptr() % 16 for tensor in (q, k, v)):
+        return None
     from msa_kernels.sparse_attention import hopper_forward
 
-    return hopper_forward if group in hopper_forward.GROUP_SIZES else None
+    return hopper_forward if q.shape[1] // k.shape[1] in hopper_forward.GROUP_SIZES else None
 
 
 def attend(
@@ -141,7 +144,7 @@ def attend(
     partial_out = torch.empty(num_entries, group, dim, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(num_entries, group, dtype=torch.float32, device=q.device)
     attend_shared(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
-    if hopper := hopper_kernels(q, group):
+    if hopper := hopper_kernels(q, k, v):
         hopper.attend_rest(q, k, v, schedule, partial_out, partial_lse, softmax_scale=softmax_scale)
     else:
         _attend_rest_kernel[(schedule.max_items,)](

@@ -1,0 +1,51 @@
+"""Which inputs of sparse_attention take the Hopper kernel; nothing is launched."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from msa_kernels.sparse_attention import triton_forward
+
+
+def tensors(*, heads=32, groups=2, offset=0):
+    """q, k and v of 4 tokens; k begins ``offset`` elements behind a multiple of 16 bytes."""
+    k = torch.zeros(4 * groups * 64 + 8, dtype=torch.bfloat16)
+    first = -k.data_ptr() % 16 // 2 + offset
+    k = k[first : first + 4 * groups * 64].view(4, groups, 64)
+    return torch.zeros(4, heads, 64, dtype=torch.bfloat16), k, torch.zeros_like(k)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(triton_forward.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton_forward.triton.knobs.runtime, "interpret", False)
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+def test_groups_of_8_and_16_heads_take_it(hopper, heads):
+    assert triton_forward.hopper_kernels(*tensors(heads=heads)) is not None
+
+
+@pytest.mark.parametrize("heads", [2, 8, 24])
+def test_other_groups_do_not(hopper, heads):
+    assert triton_forward.hopper_kernels(*tensors(heads=heads)) is None
+
+
+def test_misaligned_inputs_do_not(hopper):
+    assert triton_forward.hopper_kernels(*tensors(offset=1)) is None
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 5), (10, 0)])
+def test_other_gpus_do_not(hopper, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert triton_forward.hopper_kernels(*tensors()) is None
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.7.0", "3.60.0"])
+def test_other_releases_of_triton_and_its_interpreter_do_not(hopper, monkeypatch, version):
+    monkeypatch.setattr(triton_forward.triton, "__version__", version)
+    assert triton_forward.hopper_kernels(*tensors()) is None
+    monkeypatch.setattr(triton_forward.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton_forward.triton.knobs.runtime, "interpret", True)
+    assert triton_forward.hopper_kernels(*tensors()) is None
