@@ -10,9 +10,37 @@ import torch
 from attention_checks import DTYPES, make_inputs, on_device, random_block_ids
 from kernel_oracles import packed_layout
 from msa_kernels import sparse_attention
-from triton_interpreter import DEVICE, needs_triton, slow_in_interpreter
+from triton_interpreter import DEVICE, HAS_GPU, INTERPRETED, needs_triton, slow_in_interpreter
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
+if INTERPRETED or HAS_GPU:
+    import triton
+    import triton.language as tl
+    from msa_kernels.sparse_attention.triton_tiles import bounds_of_rest, find_item
+
+    @triton.jit
+    def _items_kernel(
+        found, edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, per_item
+    ):
+        """One program per item: found [2, items, 4] = begin, end of the rest, first key, group."""
+        item, items = tl.program_id(0), tl.num_programs(0)
+        begin, end, _, _, key, _, group, _ = find_item(
+            edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, per_item
+        )
+        row = found + 4 * item
+        tl.store(row, begin)
+        tl.store(row + 1, end)
+        tl.store(row + 2, key)
+        tl.store(row + 3, group)
+        begin, end, key, group = bounds_of_rest(
+            item, edges, last_extra, extra_bucket, first_keys, num_blocks, num_buckets, per_item
+        )
+        row += 4 * items
+        tl.store(row, begin)
+        tl.store(row + 1, end)
+        tl.store(row + 2, key)
+        tl.store(row + 3, group)
 
 
 def neighbours_block_ids(layout, groups, block_size, slots, *, change, seed=0):
@@ -116,6 +144,21 @@ def test_the_schedule_holds_every_entry_once_and_lists_the_shared_blocks(group, 
     assert schedule.extra_bucket.tolist() == extra_bucket + [-1] * padding
     own_key = [int(layout.document_offsets[d]) + p for d, p in zip(documents, positions, strict=True)]
     assert schedule.own_key.tolist() == own_key
+
+    # The kernels read items in two ways: by program with all kinds, by number with the rest alone.
+    items = []
+    for bucket in range(groups * num_blocks):
+        first, end = edges[3 * bucket - 1] if bucket else 0, edges[3 * bucket]
+        last = edges[3 * bucket + 2]
+        for begin in range(first, max(last, first + 1), per_item):
+            rest_end = min(begin + per_item, end)
+            if begin < rest_end:
+                key = (starts + [504] * padding)[bucket % num_blocks]
+                items.append((begin, rest_end, key, bucket // num_blocks))
+    found = torch.full((2, schedule.max_items, 4), -1, dtype=torch.int32, device=DEVICE)
+    _items_kernel[(schedule.max_items,)](found, *schedule.arguments[:-2])
+    for way in found.tolist():
+        assert sorted(tuple(row) for row in way if row[0] < row[1]) == items
 
 
 @pytest.mark.gpu
