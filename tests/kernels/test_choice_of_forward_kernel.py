@@ -43,9 +43,11 @@ def test_other_gpus_do_not(hopper, monkeypatch, capability):
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.7.0", "3.60.0"])
-def test_other_releases_of_triton_and_its_interpreter_do_not(hopper, monkeypatch, version):
+def test_other_releases_of_triton_and_its_interpreter_do_not(hopper, monkeypatch, caplog, version):
     monkeypatch.setattr(triton_forward.triton, "__version__", version)
-    assert triton_forward.hopper_kernels(*tensors()) is None
+    for _ in range(2):
+        assert triton_forward.hopper_kernels(*tensors()) is None
+    assert [record.args for record in caplog.records] == [("3.6.x", version)]
     monkeypatch.setattr(triton_forward.triton, "__version__", "3.6.0")
     monkeypatch.setattr(triton_forward.triton.knobs.runtime, "interpret", True)
     assert triton_forward.hopper_kernels(*tensors()) is None

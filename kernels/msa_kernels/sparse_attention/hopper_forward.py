@@ -34,8 +34,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_tiles import LOG2E, bounds_of_rest
 
-# Heads per group whose rows fill whole 8-row atoms of the shared-memory layout that the tensor cores read.
-GROUP_SIZES = (8, 16)
 # Rows of a score tile; consumers; tiles of queries that each holds; blocks that are held. At d = B = 128 they
 # fill the shared memory of a multiprocessor.
 ROWS, CONSUMERS, BUFFERS, STAGES = 64, 3, 2, 2

@@ -6,6 +6,8 @@ B block size, E entries (see triton_schedule.py).
 
 from __future__ import annotations
 
+import functools
+import logging
 from types import ModuleType
 
 import torch
@@ -26,8 +28,12 @@ from msa_kernels.sparse_attention.triton_tiles import (
 # Rows of a score tile (query positions times heads of the group) and how the compiler runs it. Two programs
 # of four warps share a multiprocessor, so that one's softmax runs beside the other's products.
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
-# Releases of Triton whose Gluon hopper_forward.py has been run with.
+# Releases of Triton whose Gluon hopper_forward.py has been run with, and the groups that it takes: their rows
+# fill whole 8-row atoms of the shared-memory layout that the tensor cores read.
 GLUON_VERSIONS = ("3.6.",)
+HOPPER_GROUP_SIZES = (8, 16)
+
+logger = logging.getLogger(__name__)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item"])
@@ -110,17 +116,31 @@ def _combine_kernel(
 
 def hopper_kernels(q: Tensor, k: Tensor, v: Tensor) -> ModuleType | None:
     """``hopper_forward``, if these inputs can take its way."""
-    # Gluon changes from one release of Triton to the next, and has no interpreter.
-    if triton.knobs.runtime.interpret or not triton.__version__.startswith(GLUON_VERSIONS):
+    # Gluon has no interpreter.
+    if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(q.device) != (9, 0):
         return None
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
+    if q.shape[1] // k.shape[1] not in HOPPER_GROUP_SIZES:
         return None
     # It copies 16 bytes at a time.
     if any(tensor.data_ptr() % 16 for tensor in (q, k, v)):
         return None
+    if not triton.__version__.startswith(GLUON_VERSIONS):
+        _say_that_gluon_is_another(triton.__version__)
+        return None
     from msa_kernels.sparse_attention import hopper_forward
 
-    return hopper_forward if q.shape[1] // k.shape[1] in hopper_forward.GROUP_SIZES else None
+    return hopper_forward
+
+
+@functools.cache
+def _say_that_gluon_is_another(version: str) -> None:
+    """Once: Gluon changes from one release of Triton to the next."""
+    logger.warning(
+        "sparse_attention takes its portable forward kernel: the faster one for Hopper has been run with "
+        "Triton %s only, this is %s",
+        ", ".join(f"{each}x" for each in GLUON_VERSIONS),
+        version,
+    )
 
 
 def attend(
