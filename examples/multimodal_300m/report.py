@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_msa.training.curves import RunMetrics, load_metrics
+
 RUNS = ("mixed", "text", "large", "frozen")
 SETTLING = 5
 """First sparse steps that are not timed: kernels are compiled in them."""
@@ -25,20 +29,16 @@ Row = dict[str, Any]
 
 def result(folder: Path) -> dict[str, Any]:
     """Figures of the runs whose metrics are in the folder."""
-    return {name: _run(rows) for name, rows in _runs(folder).items()}
+    return {name: _run(metrics) for name, metrics in _runs(folder).items()}
 
 
-def _runs(folder: Path) -> dict[str, list[Row]]:
+def _runs(folder: Path) -> dict[str, RunMetrics]:
     files = {name: folder / f"{name}.jsonl" for name in RUNS}
-    return {
-        name: [json.loads(line) for line in file.read_text().splitlines()]
-        for name, file in files.items()
-        if file.exists()
-    }
+    return {name: load_metrics(file) for name, file in files.items() if file.exists()}
 
 
-def _run(rows: Sequence[Row]) -> dict[str, Any]:
-    steps = [row for row in rows if row["event"] == "step"]
+def _run(metrics: RunMetrics) -> dict[str, Any]:
+    steps = metrics.steps
     # The measurement of the selection, in some steps, is not training.
     timed = [row for row in steps if row["phase"] == "sparse"][SETTLING:]
     timed = [row for row in timed if "score_recall" not in row]
@@ -46,7 +46,7 @@ def _run(rows: Sequence[Row]) -> dict[str, Any]:
         "steps": len(steps),
         "sequence": steps[0]["tokens"],
         "all_losses_finite": all(row["lm_loss"] is not None for row in steps),
-        "validation_loss": next((row["lm_loss"] for row in rows if row["event"] == "validation"), None),
+        "validation_loss": next((row["lm_loss"] for row in metrics.validations), None),
         "skipped_samples": sum(row.get("data", {}).get("skipped_samples", 0) for row in steps),
         "peak_memory_gib": steps[-1].get("peak_memory_gib"),
         "mixed": _speed(timed),
@@ -133,10 +133,9 @@ def draw(folder: Path) -> None:
 
     figure, (losses, times) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     colours = {"mixed": "#0072B2", "text": "#D55E00", "large": "#009E73", "frozen": "#CC79A7"}
-    for name, rows in _runs(folder).items():
-        steps = [row for row in rows if row["event"] == "step"]
+    for name, metrics in _runs(folder).items():
         for with_images, style in ((True, "-"), (False, ":")):
-            chosen = [row for row in steps if _has_images(row) == with_images]
+            chosen = [row for row in metrics.steps if _has_images(row) == with_images]
             sparse = [row for row in chosen if row["phase"] == "sparse"][SETTLING:]
             if not sparse:
                 continue

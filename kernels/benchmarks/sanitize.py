@@ -54,14 +54,14 @@ def main() -> None:
     print("all operators ran")
 
 
-def training(block_size: int, dim: int, heads: int, device: str) -> None:
+def training(block_size: int, dim: int, heads: int, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """block_select, sparse_attention and dense_kl over several documents."""
     offsets = torch.tensor([0, *LENGTHS], device=device).cumsum(0)
     layout = DocumentLayout.from_document_offsets(offsets)
     tokens = sum(LENGTHS)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(tokens, *shape, device=device, dtype=torch.bfloat16).requires_grad_()
+        return torch.randn(tokens, *shape, device=device, dtype=dtype).requires_grad_()
 
     q, k, v = normal(heads, dim), normal(GROUPS, dim), normal(GROUPS, dim)
     index = {"index_q": normal(GROUPS, dim), "index_k": normal(dim)}
@@ -74,6 +74,9 @@ def training(block_size: int, dim: int, heads: int, device: str) -> None:
             q, k, v, selection.block_ids, layout, kl_teacher=kl_teacher, **index, **options
         )
         (result.out.float().sum() + result.kl.sum()).backward()
+    # Without gradients of the attention, the backward pass runs the teacher's kernel.
+    frozen = (each.detach() for each in (q, k, v))
+    sparse_attention(*frozen, selection.block_ids, layout, **index, **options).kl.sum().backward()
     try:
         result = dense_kl(q, k, v, layout, backend="triton", **index)
     except RuntimeError as error:

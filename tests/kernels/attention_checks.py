@@ -155,3 +155,28 @@ def check(
     same_dtype = outputs_and_gradients(lambda x: plain(x, dtype), inputs, weights, kl_weights)
     found = outputs_and_gradients(triton, inputs, weights, kl_weights)
     compare(found, same_dtype, exact, block_size)
+
+
+UNSUPPORTED = [
+    ({"dtype": torch.float32}, "the dtype is torch.float32"),
+    ({"dim": 32}, "the head dim is 32"),
+    ({"value_dim": 128}, "the head dim of v is 128"),
+    ({"index_dim": 32}, "the index head dim is 32"),
+    ({"heads": 17}, "there are 17 query heads per group; supported are 1 to 16"),
+]
+"""Changes of `five_tokens` that no attention kernel runs, and the reason that its refusal gives."""
+
+
+def five_tokens(**changes):
+    """Inputs of one document and group that the kernels run, but for what is changed."""
+    size = {"heads": 4, "groups": 1, "dim": 64, "value_dim": 64, "index_dim": 64, "dtype": torch.float16}
+    return Inputs(*(tensor.to(DEVICE) for tensor in random_inputs(5, **(size | changes))))
+
+
+def assert_out_and_kl_reach_inputs_of_their_own(found, leaves):
+    """out has gradients for q, k and v only, kl for the index inputs only, and lse none."""
+    assert not found.lse.requires_grad
+    of_out = torch.autograd.grad(found.out.sum(), leaves, retain_graph=True, allow_unused=True)
+    of_kl = torch.autograd.grad(found.kl.sum(), leaves, allow_unused=True)
+    assert [gradient is None for gradient in of_out] == [False] * 3 + [True] * 2
+    assert [gradient is None for gradient in of_kl] == [True] * 3 + [False] * 2

@@ -1,6 +1,6 @@
 """Compiles for Hopper what the operators launch, down to machine code, on a machine without a GPU.
 
-    python tests/kernels/hopper_compiler.py [CASE ...]     prints a line per kernel; CASES below; default: all
+    python tests/kernels/hopper_compiler.py [CASE ...]     prints a line per kernel; see cases(); default: all
 
 The operators run on CPU tensors as they would on a GPU, but instead of a launch Triton compiles the kernel
 for the arguments that it was given. Nothing is computed. In a process of its own, because Triton's target and
@@ -91,62 +91,28 @@ def all_kernels() -> set[str]:
     return names
 
 
-def training(block_size: int, dim: int, heads: int, dtype: torch.dtype) -> None:
-    """block_select, sparse_attention and dense_kl with their backward passes."""
-    from msa_kernels import DocumentLayout, block_select, dense_kl, sparse_attention
-
-    lengths, groups, slots = (300, 0, 1, 64, 135), 2, 3
-    layout = DocumentLayout.from_document_offsets(torch.tensor([0, *lengths]).cumsum(0))
-    tokens = sum(lengths)
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.zeros(tokens, *shape, dtype=dtype).requires_grad_()
-
-    q, k, v = leaf(groups * heads, dim), leaf(groups, dim), leaf(groups, dim)
-    index = {"index_q": leaf(groups, dim), "index_k": leaf(dim)}
-    options: dict[str, Any] = {"backend": "triton", "block_size": block_size}
-    modes: tuple[dict[str, Any], ...] = ({"with_lse": True}, {"with_lse": False})
-    if dtype == torch.bfloat16:
-        modes = (*modes, {"with_lse": False, "score_dtype": "e4m3"})
-    for mode in modes:
-        block_select(*index.values(), layout, num_selected_blocks=slots, **options, **mode)
-    block_ids = torch.full((tokens, groups, slots), -1, dtype=torch.int32)
-    block_ids[..., 0] = (layout.query_position // block_size)[:, None]
-    for kl_teacher in ("group_mean", "per_head"):
-        found = sparse_attention(q, k, v, block_ids, layout, kl_teacher=kl_teacher, **index, **options)
-        (found.out.float().sum() + found.kl.sum()).backward()
-    # Without gradients of the attention the teacher has a kernel of its own.
-    frozen = sparse_attention(q.detach(), k.detach(), v.detach(), block_ids, layout, **index, **options)
-    frozen.kl.sum().backward()
-    found = dense_kl(q, k, v, layout, backend="triton", **index)
-    (found.out.float().sum() + found.kl.sum()).backward()
-
-
-def decode(block_size: int, dim: int, heads: int, dtype: torch.dtype) -> None:
-    """decode_select and decode_attention as the sanitizer calls them."""
+def cases() -> dict[str, Callable[[], None]]:
+    """Calls of every operator, by name: those that the sanitizer takes."""
     from benchmarks import sanitize
 
-    del dtype
-    sanitize.decode(block_size, dim, heads, "cpu")
+    return {
+        "training": lambda: sanitize.training(128, 128, 32, "cpu"),
+        "training-group-3": lambda: sanitize.training(64, 64, 6, "cpu", torch.float16),
+        "training-group-8": lambda: sanitize.training(64, 64, 16, "cpu", torch.float16),
+        "decode": lambda: sanitize.decode(128, 128, 16, "cpu"),
+    }
 
 
-CASES: dict[str, Callable[[], None]] = {
-    "training": lambda: training(128, 128, 16, torch.bfloat16),
-    "training-group-3": lambda: training(64, 64, 3, torch.float16),
-    "training-group-8": lambda: training(64, 64, 8, torch.float16),
-    "decode": lambda: decode(128, 128, 16, torch.bfloat16),
-}
-
-
-def main(cases: list[str]) -> None:
+def main(names: list[str]) -> None:
     """See the top of the file."""
     sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
     compiled = Compiled()
     compiled.replace_launches()
     pretend_to_be_hopper()
     fill_buffers()
-    for case in cases or CASES:
-        CASES[case]()
+    known = cases()
+    for name in names or known:
+        known[name]()
     for name, shared in sorted(compiled.shared_memory.items()):
         print("compiled", name, len(shared), max(shared))
     for name in sorted(all_kernels() - set(compiled.shared_memory)):

@@ -10,13 +10,16 @@ import pytest
 import torch
 from attention_checks import (
     DTYPES,
+    UNSUPPORTED,
     assert_error_at_most_twice,
+    assert_out_and_kl_reach_inputs_of_their_own,
+    five_tokens,
     make_inputs,
     on_device,
     outputs_and_gradients,
     straightforward,
 )
-from kernel_oracles import Inputs, packed_layout, random_inputs
+from kernel_oracles import Inputs, packed_layout
 from msa_kernels import DocumentLayout, dense_kl
 from triton_interpreter import DEVICE, needs_triton
 
@@ -155,11 +158,7 @@ def test_out_reaches_no_index_input_and_kl_reaches_nothing_else():
     layout, inputs = small_call()
     leaves = inputs.clones()
     found = run(leaves, layout)
-    assert not found.lse.requires_grad
-    of_out = torch.autograd.grad(found.out.sum(), leaves, retain_graph=True, allow_unused=True)
-    of_kl = torch.autograd.grad(found.kl.sum(), leaves, allow_unused=True)
-    assert [gradient is None for gradient in of_out] == [False] * 3 + [True] * 2
-    assert [gradient is None for gradient in of_kl] == [True] * 3 + [False] * 2
+    assert_out_and_kl_reach_inputs_of_their_own(found, leaves)
 
 
 @needs_triton
@@ -236,23 +235,10 @@ def test_no_queries_attend_to_nothing():
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": torch.float32}, "the dtype is torch.float32"),
-        ({"dim": 32}, "the head dim is 32"),
-        ({"value_dim": 128}, "the head dim of v is 128"),
-        ({"index_dim": 32}, "the index head dim is 32"),
-        ({"heads": 17}, "there are 17 query heads per group"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("change", "reason"), UNSUPPORTED, ids=str)
 def test_what_the_kernels_cannot_run_is_refused_with_the_reason(change, reason):
-    size = {"heads": 4, "groups": 1, "dim": 64, "value_dim": 64, "index_dim": 64, "dtype": torch.float16}
-    inputs = random_inputs(5, **(size | change))
-    inputs = Inputs(*(tensor.to(DEVICE) for tensor in inputs))
     with pytest.raises(RuntimeError, match=f"cannot run with backend='triton': {reason}"):
-        run(inputs, on_device(packed_layout([5])))
+        run(five_tokens(**change), on_device(packed_layout([5])))
 
 
 @pytest.mark.gpu

@@ -5,8 +5,8 @@ Where they run: see `triton_interpreter`.
 
 import pytest
 import torch
-from attention_checks import on_device
-from kernel_oracles import Inputs, packed_layout, random_inputs
+from attention_checks import UNSUPPORTED, five_tokens, on_device
+from kernel_oracles import packed_layout
 from msa_kernels import DocumentLayout, sparse_attention
 from triton_interpreter import DEVICE, needs_triton
 
@@ -39,20 +39,15 @@ def test_more_blocks_than_can_be_sorted_are_refused_before_any_work():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float32}, "the dtype is torch.float32"),
-        ({"dim": 32}, "the head dim is 32"),
-        ({"value_dim": 128}, "the head dim of v is 128"),
-        ({"index_dim": 32}, "the index head dim is 32"),
+        *UNSUPPORTED,
         ({"block_size": 32}, "the block size is 32"),
-        ({"heads": 17}, "there are 17 query heads per group; supported are 1 to 16"),
         ({"slots": 65}, "there are 65 blocks per query"),
     ],
     ids=str,
 )
 def test_what_the_kernels_cannot_run_is_refused_with_the_reason(change, reason):
-    size = {"heads": 4, "groups": 1, "dim": 64, "value_dim": 64, "index_dim": 64, "dtype": torch.float16}
-    inputs = random_inputs(5, **(size | {key: change[key] for key in change.keys() & size.keys()}))
-    inputs = Inputs(*(tensor.to(DEVICE) for tensor in inputs))
+    of_call = ("block_size", "slots")
+    inputs = five_tokens(**{name: value for name, value in change.items() if name not in of_call})
     block_ids = torch.full((5, 1, change.get("slots", 2)), -1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match=f"cannot run with backend='triton': {reason}"):
         sparse_attention(

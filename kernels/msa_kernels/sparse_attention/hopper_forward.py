@@ -41,13 +41,19 @@ ROWS, CONSUMERS, BUFFERS, STAGES = 64, 3, 2, 2
 REGISTERS, CONSUMER_REGISTERS, FETCH_REGISTERS = 128, 152, 40
 
 
+@gluon.constexpr_function
+def _query_layout(dim: int) -> Any:
+    """How four warps fetch rows of dim elements: 16 bytes a thread, a row by neighbouring threads."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _entries_to_fetch(entries, start, end, GROUP: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr):
     """Entry of each row of the tile from ``start`` on, laid out as ``_fetch_queries`` needs it.
 
     Places behind the end repeat the last one: what they give is not stored.
     """
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]))
+    ROW: gl.constexpr = gl.SliceLayout(1, _query_layout(DIM))
     return gl.load(entries + gl.minimum(start + gl.arange(0, ROWS, layout=ROW) // GROUP, end - 1))
 
 
@@ -58,7 +64,7 @@ def _fetch_queries(
     """Starts to fetch a tile; ``loaded`` tells when it is there."""
     ROWS: gl.constexpr = tile.shape[0]
     DIM: gl.constexpr = tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = _query_layout(DIM)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
     source = entry // ENTRIES_PER_QUERY * HEADS + group * GROUP + row % GROUP
@@ -74,9 +80,18 @@ def _read(items, place):
 
 
 @gluon.jit
-def _write(items, place, value):
+def _read_item(items, stage):
+    """begin, end and group of the item whose block a stage holds; of four warps."""
+    return _read(items, stage * 3), _read(items, stage * 3 + 1), _read(items, stage * 3 + 2)
+
+
+@gluon.jit
+def _write_item(items, stage, begin, end, group):
+    """What ``_read_item`` reads; of one warp."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    items.index(place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
+    items.index(stage * 3).store(gl.full([1], begin, gl.int32, layout=LAYOUT))
+    items.index(stage * 3 + 1).store(gl.full([1], end, gl.int32, layout=LAYOUT))
+    items.index(stage * 3 + 2).store(gl.full([1], group, gl.int32, layout=LAYOUT))
 
 
 @gluon.jit
@@ -100,9 +115,7 @@ def _fetch_blocks(
         if begin < end:
             stage = found % STAGES
             mbarrier.wait(empty.index(stage), (found // STAGES + 1) & 1)
-            _write(items, stage * 3, begin)
-            _write(items, stage * 3 + 1, end)
-            _write(items, stage * 3 + 2, group)
+            _write_item(items, stage, begin, end, group)
             mbarrier.expect(full.index(stage), 2 * BLOCK * DIM * 2)
             tma.async_copy_global_to_shared(
                 k_blocks, [first_key, group * DIM], full.index(stage), k_tiles.index(stage)
@@ -114,9 +127,7 @@ def _fetch_blocks(
         item = gl.atomic_add(next_item, 1) + gl.num_programs(0)
     stage = found % STAGES
     mbarrier.wait(empty.index(stage), (found // STAGES + 1) & 1)
-    _write(items, stage * 3, 0)
-    _write(items, stage * 3 + 1, 0)
-    _write(items, stage * 3 + 2, 0)
+    _write_item(items, stage, 0, 0, 0)
     mbarrier.arrive(full.index(stage), count=1)
 
 
@@ -145,9 +156,7 @@ def _attend_tiles(
     found = 0
     count = 0
     mbarrier.wait(full.index(0), 0)
-    begin = _read(items, 0)
-    end = _read(items, 1)
-    group = _read(items, 2)
+    begin, end, group = _read_item(items, 0)
     start = begin + consumer * POSITIONS
     if begin < end:
         first = consumer * BUFFERS
@@ -180,9 +189,7 @@ def _attend_tiles(
             found += 1
             next_stage = found % STAGES
             mbarrier.wait(full.index(next_stage), (found // STAGES) & 1)
-            next_begin = _read(items, next_stage * 3)
-            next_end = _read(items, next_stage * 3 + 1)
-            next_group = _read(items, next_stage * 3 + 2)
+            next_begin, next_end, next_group = _read_item(items, next_stage)
             next_start = next_begin + consumer * POSITIONS
             if next_begin < next_end:
                 to_fetch = _entries_to_fetch(entries, next_start, next_end, GROUP, ROWS, DIM)

@@ -15,6 +15,20 @@ LN2 = math.log(2.0)
 
 
 @triton.jit
+def _locate_item(number, edges, last_extra, extra_bucket, num_buckets, entries_per_item):
+    """Bucket of an item (0 if it has none), whether it has one, its first entry, and how many extra items
+    lie before the bucket's."""
+    is_first = number < num_buckets
+    extra = number - num_buckets
+    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
+    exists = bucket >= 0
+    bucket = tl.maximum(bucket, 0)
+    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
+    begin = tl.load(edges + 3 * bucket) + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
+    return bucket, exists, begin, first_extra
+
+
+@triton.jit
 def find_item(
     edges, last_extra, extra_bucket, first_keys, keys_in_block, num_blocks, num_buckets, entries_per_item
 ):
@@ -25,19 +39,16 @@ def find_item(
     buffers for partial key gradients, -1 for the only item of a bucket.
     """
     number = tl.program_id(0)
-    is_first = number < num_buckets
-    extra = number - num_buckets
-    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
-    exists = bucket >= 0
-    bucket = tl.maximum(bucket, 0)
+    bucket, exists, begin, first_extra = _locate_item(
+        number, edges, last_extra, extra_bucket, num_buckets, entries_per_item
+    )
     bucket_begin, bucket_end = tl.load(edges + 3 * bucket), tl.load(edges + 3 * bucket + 3)
-    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
-    begin = bucket_begin + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
     end = tl.where(exists, tl.minimum(begin + entries_per_item, bucket_end), begin)
     rest_end = tl.minimum(tl.maximum(tl.load(edges + 3 * bucket + 1), begin), end)
     own_begin = tl.minimum(tl.maximum(tl.load(edges + 3 * bucket + 2), begin), end)
     # First items lie behind the extra ones in the buffers, each where the number of its first extra one says.
-    row = tl.where(is_first, tl.num_programs(0) - num_buckets + first_extra, extra)
+    in_front = tl.num_programs(0) - num_buckets + first_extra
+    row = tl.where(number < num_buckets, in_front, number - num_buckets)
     is_only = exists & (bucket_end - bucket_begin <= entries_per_item)
     row = tl.where(is_only, -1, row)
     block = bucket % num_blocks
@@ -52,13 +63,9 @@ def bounds_of_rest(
     number, edges, last_extra, extra_bucket, first_keys, num_blocks, num_buckets, entries_per_item
 ):
     """What an item has of kind REST: first entry, end, packed number of the block's first key, group."""
-    is_first = number < num_buckets
-    extra = number - num_buckets
-    bucket = tl.where(is_first, number, tl.load(extra_bucket + extra, mask=extra >= 0, other=0))
-    exists = bucket >= 0
-    bucket = tl.maximum(bucket, 0)
-    first_extra = tl.load(last_extra + bucket - 1, mask=bucket > 0, other=0)
-    begin = tl.load(edges + 3 * bucket) + tl.where(is_first, 0, extra - first_extra + 1) * entries_per_item
+    bucket, exists, begin, _ = _locate_item(
+        number, edges, last_extra, extra_bucket, num_buckets, entries_per_item
+    )
     end = tl.minimum(begin + entries_per_item, tl.load(edges + 3 * bucket + 1))
     return (
         begin,
