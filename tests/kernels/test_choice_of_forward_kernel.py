@@ -1,4 +1,4 @@
-"""Which inputs of sparse_attention take the Hopper kernel; nothing is launched."""
+"""Which inputs of sparse_attention take the Hopper kernels; nothing is launched."""
 
 import pytest
 import torch
@@ -23,31 +23,31 @@ def hopper(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [16, 32])
-def test_groups_of_8_and_16_heads_take_it(hopper, heads):
-    assert triton_forward.hopper_kernels(*tensors(heads=heads)) is not None
+def test_groups_of_8_and_16_heads_take_them(hopper, heads):
+    assert triton_forward.takes_hopper_kernels(*tensors(heads=heads))
 
 
 @pytest.mark.parametrize("heads", [2, 8, 24])
 def test_other_groups_do_not(hopper, heads):
-    assert triton_forward.hopper_kernels(*tensors(heads=heads)) is None
+    assert not triton_forward.takes_hopper_kernels(*tensors(heads=heads))
 
 
 def test_misaligned_inputs_do_not(hopper):
-    assert triton_forward.hopper_kernels(*tensors(offset=1)) is None
+    assert not triton_forward.takes_hopper_kernels(*tensors(offset=1))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 5), (10, 0)])
 def test_other_gpus_do_not(hopper, monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert triton_forward.hopper_kernels(*tensors()) is None
+    assert not triton_forward.takes_hopper_kernels(*tensors())
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.7.0", "3.60.0"])
 def test_other_releases_of_triton_and_its_interpreter_do_not(hopper, monkeypatch, caplog, version):
     monkeypatch.setattr(triton_forward.triton, "__version__", version)
     for _ in range(2):
-        assert triton_forward.hopper_kernels(*tensors()) is None
+        assert not triton_forward.takes_hopper_kernels(*tensors())
     assert [record.args for record in caplog.records] == [("3.6.x", version)]
     monkeypatch.setattr(triton_forward.triton, "__version__", "3.6.0")
     monkeypatch.setattr(triton_forward.triton.knobs.runtime, "interpret", True)
-    assert triton_forward.hopper_kernels(*tensors()) is None
+    assert not triton_forward.takes_hopper_kernels(*tensors())

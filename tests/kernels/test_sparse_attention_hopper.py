@@ -1,6 +1,6 @@
-"""The Hopper kernel of sparse_attention against Triton's own, chunk by chunk, on a GPU.
+"""The Hopper kernels of sparse_attention against Triton's own, chunk by chunk, on a GPU.
 
-What both compute is compared with plain PyTorch in test_sparse_attention_accuracy_triton.py.
+What they compute is compared with plain PyTorch in test_sparse_attention_accuracy_triton.py.
 """
 
 import math
@@ -32,25 +32,27 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("num_chunks", [1, 3])
-def test_outputs_are_those_of_the_other_kernel(shape, num_chunks, monkeypatch):
-    from msa_kernels.sparse_attention import hopper_forward, triton_forward, triton_op
+def test_attention_of_the_rest_is_that_of_the_other_kernel(shape, num_chunks, monkeypatch):
+    from msa_kernels.sparse_attention import hopper_rest, triton_forward, triton_op
 
     lengths, groups, group, dim, block_size, slots, dtype = shape
     layout = on_device(packed_layout(lengths))
     inputs = make_inputs(layout, sum(lengths), groups=groups, group=group, dim=dim, index_dim=64, dtype=dtype)
     block_ids = random_block_ids(layout, groups, block_size, slots, favourite=1)
     launches = []
-    original = hopper_forward.attend_rest
 
-    def counted(q, k, v, schedule, *buffers, **options):
-        launches.append(int((schedule.kind == 0).sum()))
-        original(q, k, v, schedule, *buffers, **options)
+    def counted(attend_rest):
+        def attend(q, k, v, schedule, *buffers, **options):
+            launches.append(int((schedule.kind == 0).sum()))
+            attend_rest(q, k, v, schedule, *buffers, **options)
 
-    monkeypatch.setattr(hopper_forward, "attend_rest", counted)
+        return attend
+
     queries = 64 * math.ceil(sum(lengths) / num_chunks / 64)
     monkeypatch.setattr(triton_op, "MAX_PARTIAL_BYTES", queries * slots * groups * group * dim * 2)
 
-    def run():
+    def run(attend_rest):
+        monkeypatch.setattr(hopper_rest, "attend_rest", counted(attend_rest))
         leaves = inputs.clones()
         found = sparse_attention(
             *leaves[:3], block_ids, layout, block_size=block_size, index_q=leaves.index_q,
@@ -58,14 +60,73 @@ def test_outputs_are_those_of_the_other_kernel(shape, num_chunks, monkeypatch):
         )  # fmt: skip
         return *found, *torch.autograd.grad(found.out.float().sum() + found.kl.sum(), leaves)
 
-    found = run()
+    found = run(hopper_rest.attend_rest)
     assert len(launches) == num_chunks
     assert sum(launches) > 0 or sum(lengths) < 200
-    monkeypatch.setattr(triton_forward, "GLUON_VERSIONS", ())
-    expected = run()
-    assert len(launches) == num_chunks
+    expected = run(triton_forward.attend_rest)
+    assert launches[num_chunks:] == launches[:num_chunks]
     for ours, others in zip(found, expected, strict=True):
         assert torch.equal(ours, others)
+
+
+def shared_attention(kernel, inputs, schedule):
+    """out and lse, whose unwritten elements are NaN."""
+    q, k, v = inputs[:3]
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+    kernel(q, k, v, schedule, out, lse, softmax_scale=q.shape[2] ** -0.5)
+    return out, lse
+
+
+def new_schedule(block_ids, layout, num_keys, group, block_size):
+    from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule
+
+    blocks = KeyBlockTable.build(layout, num_keys, block_size)
+    return Schedule.build(block_ids, layout, blocks, group=group, block_size=block_size, entries_per_item=64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("choose", ["few in common", "most in common"])
+def test_attention_of_shared_blocks_is_close_to_that_of_the_other_kernel(shape, choose):
+    from msa_kernels.sparse_attention import hopper_shared, triton_shared
+
+    lengths, groups, group, dim, block_size, slots, dtype = shape
+    layout = on_device(packed_layout(lengths))
+    inputs = make_inputs(layout, sum(lengths), groups=groups, group=group, dim=dim, index_dim=64, dtype=dtype)
+    block_ids = random_block_ids(layout, groups, block_size, slots, favourite=1)
+    if choose == "most in common":
+        # Five of eight neighbours choose what the first chose, as far as they see it.
+        number = torch.arange(sum(lengths), device=DEVICE)
+        same = block_ids[number - number % 8]
+        sees_it = same.amax((1, 2)) <= layout.query_position // block_size
+        document = layout.query_document
+        follows = (number % 8 < 5) & sees_it & (document == document[number - number % 8])
+        block_ids = torch.where(follows[:, None, None], same, block_ids)
+    schedule = new_schedule(block_ids, layout, sum(lengths), group, block_size)
+    out, lse = shared_attention(hopper_shared.attend_shared, inputs, schedule)
+    other_out, other_lse = shared_attention(triton_shared.attend_shared, inputs, schedule)
+    # Blocks in one step instead of two: the weights are rounded relative to another maximum.
+    unit = torch.finfo(dtype).eps
+    assert ((out.float() - other_out.float()).abs() <= 2 * unit * (1 + other_out.float().abs())).all()
+    empty = other_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    assert (lse - other_lse)[~empty].abs().max() <= 1e-5
+
+
+def test_queries_that_share_nothing_get_zeros():
+    from msa_kernels.sparse_attention import hopper_shared
+
+    layout = on_device(packed_layout([1200]))
+    inputs = make_inputs(layout, 1200, groups=2, group=16, dim=128, index_dim=64, dtype=torch.bfloat16)
+    query = torch.arange(1200, device=DEVICE)
+    block_ids = torch.full((1200, 2, 3), -1, dtype=torch.int32, device=DEVICE)
+    # Eight neighbours with eight different blocks, none of them their own; the first queries have own ones.
+    block_ids[:, :, 0] = torch.where(query < 1152, query // 128, query % 8)[:, None].int()
+    schedule = new_schedule(block_ids, layout, 1200, 16, 128)
+    out, lse = shared_attention(hopper_shared.attend_shared, inputs, schedule)
+    assert (out[1152:] == 0).all()
+    assert (lse[1152:] == -math.inf).all()
+    assert (out[:1152] != 0).any(2).all()
+    assert lse[:1152].isfinite().all()
 
 
 @pytest.mark.parametrize("budget", [1, 2**40])

@@ -163,8 +163,11 @@ def test_the_schedule_holds_every_entry_once_and_lists_the_shared_blocks(group, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anything():
+@pytest.mark.parametrize("group", [4, 16])  # 16 takes the kernels for Hopper
+def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anything(group):
     from msa_kernels.sparse_attention import (
+        hopper_rest,
+        hopper_shared,
         triton_backward,
         triton_forward,
         triton_kl,
@@ -173,14 +176,18 @@ def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anyth
         triton_sums,
     )
 
-    modules = (triton_backward, triton_forward, triton_kl, triton_schedule, triton_shared, triton_sums)
+    modules = (
+        *(hopper_rest, hopper_shared, triton_backward, triton_forward),
+        *(triton_kl, triton_schedule, triton_shared, triton_sums),
+    )
     kernels = {
         value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")
     }
 
     def run(length, seed):
         layout = on_device(packed_layout([length, 77]))
-        inputs = make_inputs(layout, length + 77, groups=2, group=4, dim=64, index_dim=64, dtype=DTYPES[0])
+        options = {"dim": 64, "index_dim": 64, "dtype": DTYPES[0]}
+        inputs = make_inputs(layout, length + 77, groups=2, group=group, **options)
         block_ids = random_block_ids(layout, 2, 64, 4, seed=seed)
         leaves = inputs.clones()
         torch.cuda.set_sync_debug_mode("error")
@@ -200,3 +207,28 @@ def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anyth
         return {kernel: [len(cache[0]) for cache in kernel.device_caches.values()] for kernel in kernels}
 
     assert run(500, seed=0) == run(777, seed=1)
+
+
+@needs_triton
+def test_calls_without_gradients_have_longer_chunks(monkeypatch):
+    from msa_kernels.sparse_attention import triton_forward, triton_op
+
+    layout = on_device(packed_layout([256]))
+    inputs = make_inputs(layout, 256, groups=1, group=1, dim=64, index_dim=64, dtype=DTYPES[0])
+    block_ids = random_block_ids(layout, 1, 64, 1)
+    lengths = []
+    attend = triton_forward.attend
+
+    def counted(q, *arguments, **options):
+        lengths.append(len(q))
+        attend(q, *arguments, **options)
+
+    monkeypatch.setattr(triton_forward, "attend", counted)
+    monkeypatch.setattr(triton_op, "MAX_PARTIAL_BYTES", 192 * 64 * 2)
+    q, k, v = inputs.clones()[:3]
+    found = sparse_attention(q, k, v, block_ids, layout, block_size=64, backend="triton")
+    assert lengths == [128, 128]
+    with torch.no_grad():
+        without = sparse_attention(q, k, v, block_ids, layout, block_size=64, backend="triton")
+    assert lengths == [128, 128, 256]
+    assert torch.equal(found.out, without.out)

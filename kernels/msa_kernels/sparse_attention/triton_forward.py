@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from types import ModuleType
 
 import torch
 import triton
@@ -28,8 +27,8 @@ from msa_kernels.sparse_attention.triton_tiles import (
 # Rows of a score tile (query positions times heads of the group) and how the compiler runs it. Two programs
 # of four warps share a multiprocessor, so that one's softmax runs beside the other's products.
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
-# Releases of Triton whose Gluon hopper_forward.py has been run with, and the groups that it takes: their rows
-# fill whole 8-row atoms of the shared-memory layout that the tensor cores read.
+# Releases of Triton whose Gluon the kernels for Hopper have been run with, and their groups: those
+# whose rows fill whole 8-row atoms of the shared-memory layout that the tensor cores read.
 GLUON_VERSIONS = ("3.6.",)
 HOPPER_GROUP_SIZES = (8, 16)
 
@@ -114,33 +113,61 @@ def _combine_kernel(
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
 
 
-def hopper_kernels(q: Tensor, k: Tensor, v: Tensor) -> ModuleType | None:
-    """``hopper_forward``, if these inputs can take its way."""
+def takes_hopper_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these inputs can take hopper_shared.py and hopper_rest.py."""
     # Gluon has no interpreter.
     if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return None
+        return False
     if q.shape[1] // k.shape[1] not in HOPPER_GROUP_SIZES:
-        return None
-    # It copies 16 bytes at a time.
+        return False
+    # They copy 16 bytes at a time.
     if any(tensor.data_ptr() % 16 for tensor in (q, k, v)):
-        return None
+        return False
     if not triton.__version__.startswith(GLUON_VERSIONS):
         _say_that_gluon_is_another(triton.__version__)
-        return None
-    from msa_kernels.sparse_attention import hopper_forward
-
-    return hopper_forward
+        return False
+    return True
 
 
 @functools.cache
 def _say_that_gluon_is_another(version: str) -> None:
     """Once: Gluon changes from one release of Triton to the next."""
     logger.warning(
-        "sparse_attention takes its portable forward kernel: the faster one for Hopper has been run with "
+        "sparse_attention takes its portable forward kernels: the faster ones for Hopper have been run with "
         "Triton %s only, this is %s",
         ", ".join(f"{each}x" for each in GLUON_VERSIONS),
         version,
     )
+
+
+def attend_rest(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    *,
+    softmax_scale: float,
+) -> None:
+    """Attention of the entries of kind REST of one chunk of queries, each within its block.
+
+    Args:
+        q: [Q, Hq, d], contiguous, as all tensors here.
+        k: [K, Hkv, d].
+        v: [K, Hkv, d].
+        schedule: of these queries.
+        partial_out: [E, G, d], written for those entries, normalised.
+        partial_lse: fp32 [E, G], log2, likewise.
+        softmax_scale: factor on the scores.
+    """
+    _, groups, slots = schedule.kind.shape
+    heads, dim = q.shape[1:]
+    _attend_rest_kernel[(schedule.max_items,)](
+        q, k, v, *schedule.arguments, partial_out, partial_lse,
+        softmax_scale * LOG2E, HEADS=heads, GROUP=heads // groups, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
+        BLOCK=schedule.block_size, **TILE,
+    )  # fmt: skip
 
 
 def attend(
@@ -163,15 +190,14 @@ def attend(
     num_entries = schedule.kind.numel()
     partial_out = torch.empty(num_entries, group, dim, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(num_entries, group, dtype=torch.float32, device=q.device)
-    attend_shared(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
-    if hopper := hopper_kernels(q, k, v):
-        hopper.attend_rest(q, k, v, schedule, partial_out, partial_lse, softmax_scale=softmax_scale)
-    else:
-        _attend_rest_kernel[(schedule.max_items,)](
-            q, k, v, *schedule.arguments, partial_out, partial_lse,
-            softmax_scale * LOG2E, HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
-            BLOCK=schedule.block_size, **TILE,
-        )  # fmt: skip
+    shared_kernel, rest_kernel = attend_shared, attend_rest
+    if takes_hopper_kernels(q, k, v):
+        # Not at the top: other releases of Triton may not even import them.
+        from msa_kernels.sparse_attention import hopper_rest, hopper_shared
+
+        shared_kernel, rest_kernel = hopper_shared.attend_shared, hopper_rest.attend_rest
+    shared_kernel(q, k, v, schedule, out, lse, softmax_scale=softmax_scale)
+    rest_kernel(q, k, v, schedule, partial_out, partial_lse, softmax_scale=softmax_scale)
     _combine_kernel[(q.shape[0] * groups,)](
         partial_out, partial_lse, schedule.kind, out, lse,
         GROUP=group, SLOTS=slots, PADDED_SLOTS=triton.next_power_of_2(slots), DIM=dim,

@@ -22,8 +22,10 @@ from msa_kernels.sparse_attention import triton_backward, triton_forward, triton
 from msa_kernels.sparse_attention.triton_schedule import KeyBlockTable, Schedule, max_blocks
 from msa_kernels.sparse_attention.triton_sums import sum_groups
 
-# Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries.
+# Budget of the largest buffer, the per-slot outputs or gradients of a chunk of queries. Calls without
+# gradients have no other large ones and may take more: fewer, longer chunks.
 MAX_PARTIAL_BYTES = 3 * 2**30
+WITHOUT_GRADIENTS = 4 / 3
 # Score rows (query positions times heads of a group, rounded up to a power of two) that one program works
 # through. Larger spares loads of the block and sums of its gradient, smaller spreads hot blocks better and
 # evens out the end of a kernel.
@@ -44,6 +46,7 @@ class _Settings(NamedTuple):
     softmax_scale: float
     index_softmax_scale: float
     kl_teacher: str
+    max_partial_bytes: int
 
 
 def refusal(
@@ -108,7 +111,12 @@ def sparse_attention_triton(
 
     ``index_lse`` is not read: the pass that computes the KL normalises the index branch at almost no cost.
     """
-    settings = _Settings(block_size, softmax_scale, index_softmax_scale, kl_teacher)
+    inputs = (q, k, v, index_q, index_k)
+    needs_gradients = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in inputs
+    )
+    budget = MAX_PARTIAL_BYTES if needs_gradients else int(MAX_PARTIAL_BYTES * WITHOUT_GRADIENTS)
+    settings = _Settings(block_size, softmax_scale, index_softmax_scale, kl_teacher, budget)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         out, lse, kl = _SparseAttention.apply(q, k, v, index_q, index_k, block_ids, layout, settings)
     return AttentionOutput(out, lse, kl)
@@ -267,7 +275,7 @@ def _chunks(
     queries, heads, dim = q.shape
     blocks = KeyBlockTable.build(layout, k.shape[0], settings.block_size)
     bytes_per_query = block_ids.shape[2] * heads * dim * q.dtype.itemsize
-    multiples = max(1, MAX_PARTIAL_BYTES // bytes_per_query // CHUNK_MULTIPLE)
+    multiples = max(1, settings.max_partial_bytes // bytes_per_query // CHUNK_MULTIPLE)
     num_chunks = triton.cdiv(queries, multiples * CHUNK_MULTIPLE)
     chunk = triton.cdiv(queries, max(1, num_chunks) * CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     group = heads // k.shape[1]

@@ -1,6 +1,6 @@
 """Attention within each block that few queries of a tile chose, written for Hopper in Triton's Gluon.
 
-It gives what ``triton_forward._attend_rest_kernel`` gives, to the bit. That kernel keeps one block and one
+It gives what ``triton_forward.attend_rest`` gives, to the bit. That kernel keeps one block and one
 stream of queries per program; two programs fill a multiprocessor, and each waits for its products, its
 softmax and its memory in turn. Here one program per multiprocessor runs for the whole launch:
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -29,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa_kernels.sparse_attention.hopper_tiles import PART, boxes_of
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_tiles import LOG2E, bounds_of_rest
 
@@ -144,13 +143,16 @@ def _attend_tiles(
     BUFFERS: gl.constexpr = q_tiles.shape[0] // CONSUMERS
     ROWS: gl.constexpr = q_tiles.shape[1]
     DIM: gl.constexpr = q_tiles.shape[2]
-    PARTS: gl.constexpr = DIM // 64  # a row of the shared layout holds 64 dims
+    PART: gl.constexpr = out_rows.block_shape[1]
+    PARTS: gl.constexpr = DIM // PART
     POSITIONS: gl.constexpr = ROWS // GROUP
     dtype: gl.constexpr = q_tiles.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     # The memory of q_tiles again, cut into what one position's heads take of one part.
-    slabs = q_tiles._reinterpret(dtype, [CONSUMERS * BUFFERS * PARTS * POSITIONS, GROUP, 64], out_rows.layout)
+    slabs = q_tiles._reinterpret(
+        dtype, [CONSUMERS * BUFFERS * PARTS * POSITIONS, GROUP, PART], out_rows.layout
+    )
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     stage = 0
     found = 0
@@ -223,7 +225,7 @@ def _attend_tiles(
                 out_row = gl.load(entries + start + position) * GROUP
                 for part in gl.static_range(PARTS):
                     slab = slabs.index((buffer * PARTS + part) * POSITIONS + position)
-                    tma.async_copy_shared_to_global(out_rows, [out_row, part * 64], slab)
+                    tma.async_copy_shared_to_global(out_rows, [out_row, part * PART], slab)
         begin = next_begin
         end = next_end
         group = next_group
@@ -289,31 +291,16 @@ def attend_rest(
     *,
     softmax_scale: float,
 ) -> None:
-    """Attention of the entries of kind REST of one chunk of queries, each within its block.
-
-    Args:
-        q: [Q, Hq, d], contiguous, as all tensors here.
-        k: [K, Hkv, d].
-        v: [K, Hkv, d].
-        schedule: of these queries.
-        partial_out: [E, G, d], written for those entries, normalised.
-        partial_lse: fp32 [E, G], log2, likewise.
-        softmax_scale: factor on the scores.
-    """
+    """See ``triton_forward.attend_rest``."""
     heads, dim = q.shape[1:]
     keys, groups = k.shape[:2]
     group, block_size = heads // groups, schedule.block_size
     num_programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-    def boxes_of(tensor: Tensor, rows: int, row_size: int, box: list[int]) -> Any:
-        return TensorDescriptor(tensor, [rows, row_size], [row_size, 1], box, layout)
-
     _attend_rest_hopper_kernel[(num_programs,)](
         q,
         boxes_of(k, keys, groups * dim, [block_size, dim]),
         boxes_of(v, keys, groups * dim, [block_size, dim]),
-        boxes_of(partial_out, partial_out.shape[0] * group, dim, [group, 64]),
+        boxes_of(partial_out, partial_out.shape[0] * group, dim, [group, PART]),
         partial_lse, *schedule.arguments, schedule.max_items,
         torch.zeros(1, dtype=torch.int32, device=q.device), softmax_scale * LOG2E,
         HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * schedule.kind.shape[2], DIM=dim,
