@@ -32,39 +32,49 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("num_chunks", [1, 3])
-def test_attention_of_the_rest_is_that_of_the_other_kernel(shape, num_chunks, monkeypatch):
-    from msa_kernels.sparse_attention import hopper_rest, triton_forward, triton_op
+def test_attention_of_the_rest_and_gradients_are_those_of_the_other_kernels(shape, num_chunks, monkeypatch):
+    from msa_kernels.sparse_attention import (
+        hopper_backward,
+        hopper_rest,
+        triton_backward,
+        triton_forward,
+        triton_op,
+    )
 
     lengths, groups, group, dim, block_size, slots, dtype = shape
     layout = on_device(packed_layout(lengths))
     inputs = make_inputs(layout, sum(lengths), groups=groups, group=group, dim=dim, index_dim=64, dtype=dtype)
     block_ids = random_block_ids(layout, groups, block_size, slots, favourite=1)
-    launches = []
-
-    def counted(attend_rest):
-        def attend(q, k, v, schedule, *buffers, **options):
-            launches.append(int((schedule.kind == 0).sum()))
-            attend_rest(q, k, v, schedule, *buffers, **options)
-
-        return attend
-
     queries = 64 * math.ceil(sum(lengths) / num_chunks / 64)
     monkeypatch.setattr(triton_op, "MAX_PARTIAL_BYTES", queries * slots * groups * group * dim * 2)
+    calls = {"rest": 0, "backward": 0}
 
-    def run(attend_rest):
-        monkeypatch.setattr(hopper_rest, "attend_rest", counted(attend_rest))
-        leaves = inputs.clones()
-        found = sparse_attention(
-            *leaves[:3], block_ids, layout, block_size=block_size, index_q=leaves.index_q,
-            index_k=leaves.index_k, backend="triton",
-        )  # fmt: skip
-        return *found, *torch.autograd.grad(found.out.float().sum() + found.kl.sum(), leaves)
+    def counted(name, kernel):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return kernel(*arguments, **options)
 
-    found = run(hopper_rest.attend_rest)
-    assert len(launches) == num_chunks
-    assert sum(launches) > 0 or sum(lengths) < 200
-    expected = run(triton_forward.attend_rest)
-    assert launches[num_chunks:] == launches[:num_chunks]
+        return call
+
+    def run(attend_rest, differentiate):
+        monkeypatch.setattr(hopper_rest, "attend_rest", counted("rest", attend_rest))
+        monkeypatch.setattr(hopper_backward, "differentiate", counted("backward", differentiate))
+        gradients = []
+        # All gradients, then those of the attention alone, whose kernel leaves the teacher out.
+        for with_kl in (True, False):
+            leaves = inputs.clones()
+            index = {"index_q": leaves.index_q, "index_k": leaves.index_k} if with_kl else {}
+            found = sparse_attention(
+                *leaves[:3], block_ids, layout, block_size=block_size, backend="triton", **index
+            )
+            loss = found.out.float().sin().sum() + (found.kl.sum() if with_kl else 0)
+            gradients += torch.autograd.grad(loss, leaves if with_kl else leaves[:3])
+        return found.out, found.lse, *gradients
+
+    found = run(hopper_rest.attend_rest, hopper_backward.differentiate)
+    takes_backward = dim == block_size == 128
+    assert calls == {"rest": 2 * num_chunks, "backward": 2 * num_chunks * takes_backward}
+    expected = run(triton_forward.attend_rest, triton_backward.differentiate)
     for ours, others in zip(found, expected, strict=True):
         assert torch.equal(ours, others)
 

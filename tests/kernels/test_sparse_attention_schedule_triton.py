@@ -163,9 +163,10 @@ def test_the_schedule_holds_every_entry_once_and_lists_the_shared_blocks(group, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-@pytest.mark.parametrize("group", [4, 16])  # 16 takes the kernels for Hopper
-def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anything(group):
+@pytest.mark.parametrize(("group", "block_size"), [(4, 64), (16, 128)])  # 16 takes the kernels for Hopper
+def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anything(group, block_size):
     from msa_kernels.sparse_attention import (
+        hopper_backward,
         hopper_rest,
         hopper_shared,
         triton_backward,
@@ -177,7 +178,7 @@ def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anyth
     )
 
     modules = (
-        *(hopper_rest, hopper_shared, triton_backward, triton_forward),
+        *(hopper_backward, hopper_rest, hopper_shared, triton_backward, triton_forward),
         *(triton_kl, triton_schedule, triton_shared, triton_sums),
     )
     kernels = {
@@ -186,9 +187,9 @@ def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anyth
 
     def run(length, seed):
         layout = on_device(packed_layout([length, 77]))
-        options = {"dim": 64, "index_dim": 64, "dtype": DTYPES[0]}
+        options = {"dim": 128, "index_dim": 64, "dtype": DTYPES[0]}
         inputs = make_inputs(layout, length + 77, groups=2, group=group, **options)
-        block_ids = random_block_ids(layout, 2, 64, 4, seed=seed)
+        block_ids = random_block_ids(layout, 2, block_size, 4, seed=seed)
         leaves = inputs.clones()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -196,7 +197,7 @@ def test_nothing_waits_for_the_gpu_and_no_new_selection_or_length_compiles_anyth
                 *leaves[:3],
                 block_ids,
                 layout,
-                block_size=64,
+                block_size=block_size,
                 index_q=leaves.index_q,
                 index_k=leaves.index_k,
                 backend="triton",

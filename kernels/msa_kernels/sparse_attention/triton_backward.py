@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msa_kernels.sparse_attention.hopper_choice import takes_hopper_backward
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_sums import new_partial, sum_items, sum_slots
 from msa_kernels.sparse_attention.triton_tiles import (
@@ -135,6 +136,49 @@ def row_products(out: Tensor, dout: Tensor) -> Tensor:
     return delta
 
 
+def differentiate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dout: Tensor,
+    schedule: Schedule,
+    partial_dq: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    is_first_chunk: bool,
+    softmax_scale: float,
+    teacher: Tensor | None,
+) -> None:
+    """What each entry of one chunk of queries adds to the gradients.
+
+    Args:
+        q: [Q, Hq, d], contiguous, as all tensors here.
+        k: [K, Hkv, d].
+        v: [K, Hkv, d].
+        lse: fp32 [Q, Hq], natural log.
+        delta: fp32 [Q, Hq], see ``row_products``.
+        dout: [Q, Hq, d], upstream gradient.
+        schedule: of these queries.
+        partial_dq: [E, G, d], written for used entries.
+        sums: dk, and what ``sum_items`` adds to it; the same for dv. See ``add_attention_gradients``.
+        is_first_chunk: whether this is the first chunk.
+        softmax_scale: factor on the scores.
+        teacher: as of ``add_attention_gradients``.
+    """
+    dk, partial_dk, dv, partial_dv = sums
+    _, groups, slots = schedule.kind.shape
+    heads, dim = q.shape[1:]
+    _backward_kernel[(schedule.max_items,)](
+        q, k, v, dout, lse, delta, *schedule.arguments, partial_dq,
+        dk, partial_dk, dv, partial_dv, lse if teacher is None else teacher,
+        int(is_first_chunk), softmax_scale, softmax_scale * LOG2E,
+        HEADS=heads, GROUP=heads // groups, ENTRIES_PER_QUERY=groups * slots, DIM=dim,
+        BLOCK=schedule.block_size, WITH_TEACHER=teacher is not None, **TILE,
+    )  # fmt: skip
+
+
 def add_attention_gradients(
     q: Tensor,
     k: Tensor,
@@ -168,18 +212,19 @@ def add_attention_gradients(
         softmax_scale: factor on the scores.
         teacher: fp32 [E, B], written with the mean probabilities of the heads, by place; None if not wanted.
     """
-    _, groups, slots = schedule.kind.shape
-    heads, dim = q.shape[1:]
-    group = heads // groups
+    dim = q.shape[2]
+    group = q.shape[1] // k.shape[1]
     partial_dq = torch.empty(schedule.kind.numel(), group, dim, dtype=q.dtype, device=q.device)
     partial_dk, partial_dv = (new_partial(schedule, dim) for _ in range(2))
-    delta = row_products(out, dout)
-    _backward_kernel[(schedule.max_items,)](
-        q, k, v, dout, lse, delta, *schedule.arguments, partial_dq,
-        dk, partial_dk, dv, partial_dv, lse if teacher is None else teacher,
-        int(is_first_chunk), softmax_scale, softmax_scale * LOG2E,
-        HEADS=heads, GROUP=group, ENTRIES_PER_QUERY=groups * slots, DIM=dim, BLOCK=schedule.block_size,
-        WITH_TEACHER=teacher is not None, **TILE,
+    kernel = differentiate
+    if takes_hopper_backward(q, k, v, dout, schedule.block_size):
+        # Not at the top: other releases of Triton may not even import it.
+        from msa_kernels.sparse_attention import hopper_backward
+
+        kernel = hopper_backward.differentiate
+    kernel(
+        q, k, v, lse, row_products(out, dout), dout, schedule, partial_dq, (dk, partial_dk, dv, partial_dv),
+        is_first_chunk=is_first_chunk, softmax_scale=softmax_scale, teacher=teacher,
     )  # fmt: skip
     sum_slots(partial_dq, schedule, dq, scale=1.0)
     sum_items(partial_dk, schedule, dk, is_first_chunk=is_first_chunk)

@@ -6,14 +6,12 @@ B block size, E entries (see triton_schedule.py).
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from msa_kernels.sparse_attention.hopper_choice import takes_hopper_kernels
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_shared import attend_shared
 from msa_kernels.sparse_attention.triton_tiles import (
@@ -27,12 +25,6 @@ from msa_kernels.sparse_attention.triton_tiles import (
 # Rows of a score tile (query positions times heads of the group) and how the compiler runs it. Two programs
 # of four warps share a multiprocessor, so that one's softmax runs beside the other's products.
 TILE = {"ROWS": 64, "num_warps": 4, "num_stages": 3}
-# Releases of Triton whose Gluon the kernels for Hopper have been run with, and their groups: those
-# whose rows fill whole 8-row atoms of the shared-memory layout that the tensor cores read.
-GLUON_VERSIONS = ("3.6.",)
-HOPPER_GROUP_SIZES = (8, 16)
-
-logger = logging.getLogger(__name__)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_buckets", "entries_per_item"])
@@ -111,33 +103,6 @@ def _combine_kernel(
             sum_out += tl.exp2(lses[each] - total)[:, None] * parts[each].to(tl.float32)
     tl.store(out_pointers, sum_out.to(out.dtype.element_ty), mask=exists[:, None])
     tl.store(lse + query_group * GROUP + head, total * 0.6931471805599453, mask=exists)
-
-
-def takes_hopper_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these inputs can take hopper_shared.py and hopper_rest.py."""
-    # Gluon has no interpreter.
-    if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return False
-    if q.shape[1] // k.shape[1] not in HOPPER_GROUP_SIZES:
-        return False
-    # They copy 16 bytes at a time.
-    if any(tensor.data_ptr() % 16 for tensor in (q, k, v)):
-        return False
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        _say_that_gluon_is_another(triton.__version__)
-        return False
-    return True
-
-
-@functools.cache
-def _say_that_gluon_is_another(version: str) -> None:
-    """Once: Gluon changes from one release of Triton to the next."""
-    logger.warning(
-        "sparse_attention takes its portable forward kernels: the faster ones for Hopper have been run with "
-        "Triton %s only, this is %s",
-        ", ".join(f"{each}x" for each in GLUON_VERSIONS),
-        version,
-    )
 
 
 def attend_rest(
