@@ -29,6 +29,7 @@ from megatron_msa.planning.rates import Assumptions, Measurements, load_rates  #
 
 MEASUREMENTS = Measurements(
     rows=REPOSITORY / "kernels/benchmarks/results/rows.csv",
+    earlier_rows=REPOSITORY / "docs/results/plan_h200/kernel_rows.csv",
     layer=REPOSITORY / "docs/results/context_parallel_h200x2/layer.json",
     small_model=REPOSITORY / "docs/results/single_gpu_h200/metrics_triton.jsonl",
     small_model_layers=8,

@@ -66,7 +66,7 @@ def measured() -> Iterator[str]:
     yield "| what | predicted | measured | |"
     yield "|---|---|---|---|"
     two = cluster("H200", 1, gpus_per_node=2)
-    rates = load_rates(MEASUREMENTS, two.gpu)
+    rates = load_rates(MEASUREMENTS.with_earlier_kernels(), two.gpu)
     found = comparison.attention_layer(MEASUREMENTS.layer, two, rates)
     small = read_command([*flags("single_gpu/pretrain.sh"), *BYTES], 1)
     found += comparison.small_model(small, MEASUREMENTS.small_model, SMALL_MODEL_PEAK_GIB, two, rates)

@@ -64,6 +64,7 @@ def draw(rows: Iterable[Row], path: Path) -> bool:
     values = [value for points in curves.values() for value in points.values()]
     y_ticks = [2.0**power for power in range(-4, 7) if min(0.5, *values) / 2 <= 2.0**power <= max(values) * 2]
     axes.set_yticks(y_ticks, [f"{tick:g}x" for tick in y_ticks])
+    axes.set_ylim(y_ticks[0], max(y_ticks[-1], 1.4 * max(values)))  # with room for the highest label
     axes.minorticks_off()
     axes.text(ticks[-1], 1.04, "dense = 1", ha="right", va="bottom", fontsize=9)
     axes.grid(True, linewidth=0.4, alpha=0.6)

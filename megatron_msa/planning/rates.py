@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,8 @@ class Measurements:
 
     Attributes:
         rows: ``rows.csv`` of kernels/benchmarks.
+        earlier_rows: the same of the kernels with which ``layer`` and the runs that plans are compared with
+            were measured.
         layer: ``layer.json`` of tools/bench_context_parallel.py: a whole attention layer.
         small_model: ``metrics.jsonl`` of examples/single_gpu, whose layers are too small to fill a GPU.
         small_model_layers: its number of layers.
@@ -181,12 +183,17 @@ class Measurements:
     """
 
     rows: Path
+    earlier_rows: Path
     layer: Path
     small_model: Path
     small_model_layers: int
     host: Path
     host_steps: Path
     gpu: Gpu
+
+    def with_earlier_kernels(self) -> Measurements:
+        """To predict what was measured then."""
+        return replace(self, rows=self.earlier_rows)
 
 
 WARM_STEPS = (31, 56)
@@ -205,13 +212,13 @@ def load_rates(files: Measurements, gpu: Gpu, assumptions: Assumptions | None = 
         ConfigError: a row is missing.
     """
     assumptions = assumptions or Assumptions()
-    with files.rows.open() as file:
-        rows = list(csv.DictReader(file))
+    rows, earlier = _read(files.rows), _read(files.earlier_rows)
     compute = gpu.peak_tflops / files.gpu.peak_tflops
     matmul = float(rows[0]["matmul_tflops"])
     training = _curve(rows, "train", "tflops")
     layer = json.loads(files.layer.read_text())
-    other = _attention_other_us(layer, training, matmul)
+    # The kernels of then are what is left out of the layer of then.
+    other = _attention_other_us(layer, _curve(earlier, "train", "tflops"), float(earlier[0]["matmul_tflops"]))
     return KernelRates(
         gpu=gpu,
         matmul_tflops=matmul * compute,
@@ -226,6 +233,11 @@ def load_rates(files: Measurements, gpu: Gpu, assumptions: Assumptions | None = 
         host=_host_time(files, assumptions.host_speed),
         assumptions=assumptions,
     )
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
 
 
 def _ours(rows: list[dict[str, str]], op: str) -> list[dict[str, Any]]:
