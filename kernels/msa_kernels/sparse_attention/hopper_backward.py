@@ -27,13 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from msa_kernels.sparse_attention.hopper_tiles import PART, boxes_of
+from msa_kernels.sparse_attention.hopper_tiles import PART, boxes_of, release
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_tiles import LOG2E, find_item
 
-# Rows of a tile, tiles that are held, consumers.
-ROWS, STAGES, CONSUMERS = 64, 2, 2
-# Registers a thread: 12 warps start with 168, of which 8 then compute with 232 and the others keep 40.
+# Rows of a tile, and tiles that are held.
+ROWS, STAGES = 64, 2
+# Registers a thread: 12 warps start with 168, of which 8 then compute with 240 and the others keep 24.
 REGISTERS, CONSUMER_REGISTERS, FETCH_REGISTERS = 168, 240, 24
 
 
@@ -197,16 +197,13 @@ def _differentiate(
             # Long over, but a branch: the compiler does not mix what follows into the product's instructions.
             mbarrier.wait(full.index(stage), (number // STAGES) & 1)
         fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(exchanged, count=1)
+        release(exchanged)
         if WITH_TEACHER:
             mean = gl.sum(gl.reshape(p, [HALF, POSITIONS, GROUP]), 2) / GROUP
             MEAN: gl.constexpr = mean.type.layout
             place = gl.expand_dims(start + gl.arange(0, POSITIONS, layout=gl.SliceLayout(0, MEAN)), 0)
             key = gl.expand_dims(half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, MEAN)), 1)
-            gl.store(
-                teacher + (place.to(gl.int64) * (2 * HALF) + key), mean, mask=(place < tile_end) & (key >= 0)
-            )
+            gl.store(teacher + (place.to(gl.int64) * (2 * HALF) + key), mean, mask=place < tile_end)
         mbarrier.wait(exchanged, number & 1)
         dq = gl.zeros([ROWS, PART], gl.float32, layout=QUERY)
         for other in gl.static_range(2):
@@ -222,8 +219,7 @@ def _differentiate(
         sum_dv, sum_dk, p_operand, ds_operand = warpgroup_mma_wait(
             2, deps=(sum_dv, sum_dk, p_operand, ds_operand)
         )
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        release(empty.index(stage))
         # Behind the last tile, of what happens to be there, for nobody.
         mbarrier.wait(full.index(next_stage), ((number + 1) // STAGES) & 1, pred=number + 1 < num_tiles)
         scores = warpgroup_mma(

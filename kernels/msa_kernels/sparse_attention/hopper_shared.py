@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from msa_kernels.sparse_attention.hopper_tiles import PART, boxes_of
+from msa_kernels.sparse_attention.hopper_tiles import PART, boxes_of, release
 from msa_kernels.sparse_attention.triton_schedule import Schedule
 from msa_kernels.sparse_attention.triton_tiles import LOG2E
 
@@ -93,13 +93,6 @@ def _fetch_tiles(
                 v_blocks, [first_key, group * DIM], v_full.index(stage), v_tiles.index(stage)
             )
             found += 1
-
-
-@gluon.jit
-def _release(barrier):
-    """Tells the fetching warp that all four warps are through."""
-    gl.thread_barrier()
-    mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
@@ -185,9 +178,9 @@ def _attend_tiles(
         if done > 0:
             # Meanwhile the outputs of the tile before have left its buffer.
             tma.store_wait(0)
-            _release(q_empty.index((done + 1) % BUFFERS))
+            release(q_empty.index((done + 1) % BUFFERS))
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        _release(k_empty.index(stage))
+        release(k_empty.index(stage))
         weights, fade, top, total = _weigh(scores, (first_key, queries), rows, top, total, scale_log2)
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
         mbarrier.wait(v_full.index(stage), (found // STAGES) & 1)
@@ -203,13 +196,13 @@ def _attend_tiles(
             )  # fmt: skip
             out = warpgroup_mma(operand, v_tiles.index(stage), out, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-            _release(k_empty.index(next_stage))
+            release(k_empty.index(next_stage))
             weights, fade, top, total = _weigh(scores, (first_key, queries), rows, top, total, scale_log2)
             # Here, because the compiler moves the wait for the product up to the last branch before it: with
             # none behind the weights, nothing of them would run beside the product.
             mbarrier.wait(v_full.index(next_stage), (found // STAGES) & 1)
             out, operand, weights = warpgroup_mma_wait(0, deps=(out, operand, weights))
-            _release(v_empty.index(stage))
+            release(v_empty.index(stage))
             out *= gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, OUT)), 1)
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             stage = next_stage
@@ -224,7 +217,7 @@ def _attend_tiles(
         # The outputs take the place of the queries.
         part_of_tile.store(out.to(dtype))
         fence_async_shared()
-        _release(v_empty.index(stage))
+        release(v_empty.index(stage))
         for place in gl.static_range(QUERIES):
             if first_query + place < num_queries:
                 out_row = (first_query + place) * HEADS + group * GROUP
